@@ -1,0 +1,1 @@
+"""tesaiot-connect: moves IoT telemetry between MQTT brokers and everything else."""

@@ -1,0 +1,5 @@
+"""`python -m tesaiot_connect` is the command."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,112 @@
+"""Standard output, and nowhere.
+
+Owns: the two sinks for looking and measuring. Rule: a slow terminal or pipe holds the pipeline
+back, never the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, BinaryIO, ClassVar, Literal
+
+import attrs
+import msgspec
+
+from ..errors import ConnectorError, EndOfOutput, PartialDelivery
+from ..message import Batch, Record
+from ..protocols import Writer
+from .jsonl_sink import Lines
+
+PLACES = ("{topic}", "{payload}", "{time}")
+
+
+def _places(_instance: Any, _field: Any, format: str) -> None:
+    rest = format
+    for place in PLACES:
+        rest = rest.replace(place, "")
+    if "{" in rest or "}" in rest:
+        raise ValueError(f"{format!r} may use {', '.join(PLACES)}, and no other braces")
+
+
+@attrs.frozen(kw_only=True)
+class StdoutSink:
+    """Prints each record on a line."""
+
+    reads: ClassVar[Literal["raw_records"]] = "raw_records"
+
+    format: str = attrs.field(
+        default="json",
+        validator=_places,
+        metadata={
+            "help": '"json" for the lines of the jsonl sink, or a template with {topic}, {payload} and {time}, '
+            'for example "{topic} {payload}".'
+        },
+    )
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Writer]:
+        yield _StdoutWriter(self.format, sys.stdout.buffer)
+
+
+class _StdoutWriter:
+    def __init__(self, format: str, stream: BinaryIO) -> None:
+        self._format = format
+        self._stream = stream
+        self._lines = Lines()
+
+    async def write(self, batch: Sequence[Record], /) -> None:
+        failures: dict[int, BaseException] = {}
+        if self._format == "json":
+            data, failures = self._lines.encode(batch)
+        else:
+            data = b"".join(map(self._line, batch))
+        try:
+            await asyncio.to_thread(self._print, data)
+        except BrokenPipeError as error:
+            raise EndOfOutput("standard output was closed by its reader") from error
+        except (OSError, ValueError) as error:
+            raise ConnectorError(f"cannot write to standard output: {error}") from error
+        if failures:
+            raise PartialDelivery(failures)
+
+    def _print(self, data: bytes) -> None:
+        self._stream.write(data)
+        self._stream.flush()
+
+    def _line(self, record: Record) -> bytes:
+        value = record.value
+        if isinstance(value, msgspec.Raw | bytes):
+            payload = bytes(value)
+        elif isinstance(value, str):
+            payload = value.encode()
+        else:
+            payload = msgspec.json.encode(value)
+        before, place, after = self._format.partition("{payload}")
+        parts = [self._fill(before, record)]
+        while place:
+            parts.append(payload)
+            before, place, after = after.partition("{payload}")
+            parts.append(self._fill(before, record))
+        return b"".join((*parts, b"\n"))
+
+    def _fill(self, text: str, record: Record) -> bytes:
+        return text.replace("{topic}", record.route.topic).replace("{time}", f"{record.time:.6f}").encode()
+
+
+@attrs.frozen(kw_only=True)
+class NullSink:
+    """Takes everything and keeps nothing; the figures of the run still count it."""
+
+    reads: ClassVar[Literal["messages"]] = "messages"
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Writer]:
+        yield _NullWriter()
+
+
+class _NullWriter:
+    async def write(self, batch: Batch, /) -> None:
+        return None

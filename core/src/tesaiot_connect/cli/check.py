@@ -1,0 +1,62 @@
+"""`check`: does every connection of a file work?"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import ConnectorError
+from . import UNREACHABLE, explain, logs, options
+
+if TYPE_CHECKING:
+    from ..client import MqttConnection
+
+
+@click.command("check")
+@click.argument("file", metavar="FILE")
+@options.overrides
+@options.env_file
+@click.option("--log-level", type=click.Choice(["debug", "info", "warning", "error"]), default="error")
+@click.pass_context
+def command(
+    ctx: click.Context, file: str, overrides: tuple[str, ...], env_file: str | None, log_level: str
+) -> None:
+    """Connect every connection of FILE, move no data, and say how it went.
+
+    Uses a client id of its own (the configured one with "-check" at its end), so that a
+    pipeline that is running keeps its session. Exits 69 if a connection cannot be made.
+    """
+    from ..config import load
+
+    config = load(file, overrides=overrides, env_file=env_file)
+    logs.configure("human", log_level, debug=ctx.obj["debug"])
+    if not config.connections:
+        click.echo(f"{file}: right, and has no connections")
+        return
+    width = max(map(len, config.connections))
+    failed = asyncio.run(_check_all(config.connections.values(), width))
+    ctx.exit(UNREACHABLE if failed else 0)
+
+
+async def _check_all(connections: list[MqttConnection], width: int) -> int:
+    results = await asyncio.gather(*(_check(connection) for connection in connections))
+    for connection, (good, text) in zip(connections, results, strict=True):
+        click.secho(f"{connection.name:{width}}  {text}", fg=None if good else "red")
+    return sum(not good for good, _ in results)
+
+
+async def _check(connection: MqttConnection) -> tuple[bool, str]:
+    from .reach import reach
+
+    began = time.monotonic()
+    try:
+        async with connection.probe_client() as client:
+            await reach(client)
+            status = client.status
+    except ConnectorError as error:
+        return False, explain(error)[1]
+    elapsed = (time.monotonic() - began) * 1000
+    return True, f"ok  {status.endpoint} by {status.transport}, MQTT {status.version}, {elapsed:.0f} ms"

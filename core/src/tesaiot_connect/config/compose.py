@@ -1,0 +1,387 @@
+"""A document -> connections, pipelines, listeners.
+
+Owns: which tables there are, which keys are common to all implementations of a kind, and how
+tables refer to each other. Rule: everything that is wrong is reported, in one go; a name that
+failed elsewhere is not reported again where it is used.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import attrs
+
+from ..backoff import Backoff
+from ..client import ClientOptions, MqttConnection
+from ..errors import PluginError, Problem
+from ..negotiation import InOrder
+from ..pipeline import OnError, PipelineSpec, SinkSpec, SourceSpec, TopicFields
+from ..plugins import Catalog, Kind
+from ..plugins import load as load_catalog
+from ..protocols import Auth, Process, Serializer, Transport, Url
+from . import checks
+from .document import Document, Text, nearest, read_env_file, show
+from .lines import Path
+from .process import load_process
+from .structure import Reported, Wrong, converter, keys, structure
+
+ALIASES = {"mqtt-quic": "quic", "mqtt+quic": "quic"}
+"""Other spellings of URL schemes."""
+
+SECTIONS = ("connections", "sources", "sinks", "pipelines")
+"""The tables of a pipeline file."""
+
+
+@attrs.frozen(kw_only=True)
+class Config:
+    """A pipeline file, ready to run."""
+
+    file: str
+    connections: Mapping[str, MqttConnection]
+    pipelines: tuple[PipelineSpec, ...]
+    warnings: tuple[Problem, ...] = ()
+    """What is not wrong, but should be known: shown by `lint`, logged by `run`."""
+
+
+@attrs.frozen(kw_only=True)
+class PipelineTable:
+    """`[pipelines.<name>]`: from a source, through an optional step, to sinks."""
+
+    from_: str
+    """Name of the source."""
+    to: tuple[str, ...]
+    """Names of the sinks; each gets everything."""
+    process: str | None = None
+    """A step in Python, "module:function": takes a list of records, returns those to go on with.
+    The module may stand beside the file."""
+    on_error: OnError = "retry"
+    """What happens to messages that a sink or the step cannot take: try for ever and hold the
+    source back, drop them, or write them to `dead_letter`."""
+    dead_letter: str | None = None
+    """Name of the sink for what failed, with `on_error = "dead_letter"`."""
+    retry: Backoff = attrs.field(factory=Backoff)
+    """How long to wait before each further attempt."""
+    max_attempts: int = attrs.field(default=3, validator=attrs.validators.ge(1))
+    """Attempts before "drop" and "dead_letter" give up; "retry" never does."""
+
+
+class Composer:
+    """Builds the objects of one document from one catalog; problems go to the document."""
+
+    def __init__(self, doc: Document, catalog: Catalog) -> None:
+        self.doc = doc
+        self.catalog = catalog
+        self.connections: dict[str, MqttConnection | None] = {}
+        """None stands for one that has problems of its own; so below."""
+        self.sources: dict[str, SourceSpec | None] = {}
+        self.sinks: dict[str, SinkSpec | None] = {}
+        self._converter = converter({MqttConnection: self._find_connection})
+
+    def structure(self, path: Path, value: Any, kind: type[Any], **how: Any) -> Any:
+        return structure(self.doc, self._converter, path, value, kind, **how)
+
+    def top(self, known: Sequence[str], elsewhere: Mapping[str, str]) -> None:
+        """Report unknown tables; `elsewhere` says what else they may be for."""
+        for name in self.doc.data.keys() - set(known):
+            fix = elsewhere.get(name) or nearest(name, known, "tables")
+            self.doc.problem((name,), "unknown table", fix)
+
+    def tables(self, section: str) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+        """Name, path and keys of every `[section.<name>]`."""
+        value = self.doc.data.get(section, {})
+        if not isinstance(value, dict):
+            self.doc.problem((section,), f"expected tables, got {show(value)}", f"Write [{section}.<name>]")
+            return
+        for name, table in value.items():
+            if isinstance(table, dict):
+                yield name, (section, name), table
+            else:
+                fix = f"Write [{section}.<name>], then the keys"
+                self.doc.problem((section, name), f"expected a table, got {show(table)}", fix)
+
+    def component(self, kind: Kind, path: Path, table: Any, also: Iterable[str] = ()) -> Any:
+        """An object of the implementation that `type` names, None if something is wrong.
+
+        `also` names keys of the table that the caller reads.
+        """
+        if not isinstance(table, dict):
+            self.doc.problem(path, f"expected a table, got {show(table)}", 'Write { type = "..." }')
+            return None
+        name = table.get("type")
+        if not isinstance(name, str):
+            known = ", ".join(self.catalog.names(kind)) or "none is installed"
+            what = "the key `type` is missing" if name is None else f"expected a string, got {show(name)}"
+            self.doc.problem((*path, "type") if name is not None else path, what, f"Types: {known}")
+            return None
+        if isinstance(name, Text) and name.lost:
+            return None
+        try:
+            found = self.catalog.get(kind, str(name))
+        except PluginError as error:
+            self.doc.problem((*path, "type"), error.what, error.fix)
+            return None
+        rest = {key: value for key, value in table.items() if key != "type" and key not in also}
+        return self.structure(path, rest, found.recipe, also=("type", *also))
+
+    # --- connections ----------------------------------------------------------------------
+
+    def connection(self, name: str, path: Path, table: dict[str, Any]) -> MqttConnection | None:
+        """`[connections.<name>]`: endpoints, auth, tls, and every key of ClientOptions."""
+        own = ("endpoints", "auth", "tls")
+        rest = {key: value for key, value in table.items() if key not in own}
+        options: ClientOptions | None = self.structure(path, rest, ClientOptions, also=own)
+        auth: Auth | None = None
+        if "auth" in table:
+            auth = self.component("auth", (*path, "auth"), table["auth"])
+        endpoints = table.get("endpoints")
+        transports: list[Transport | None] = []
+        if isinstance(endpoints, list) and endpoints:
+            for index, endpoint in enumerate(endpoints):
+                transports.append(self._endpoint((*path, "endpoints", index), endpoint, table.get("tls")))
+        else:
+            what = "the key `endpoints` is missing" if endpoints is None else "expected an array of URLs"
+            where = path if endpoints is None else (*path, "endpoints")
+            written = f'"{endpoints}"' if isinstance(endpoints, str) else '"mqtts://broker.example:8883"'
+            self.doc.problem(where, what, f"Write endpoints = [{written}], best first")
+        dialed = [transport for transport in transports if transport is not None]
+        if options is None or ("auth" in table and auth is None) or len(dialed) < max(1, len(transports)):
+            return None
+        dialer = InOrder(dialed, timeout=options.connect_timeout)
+        return MqttConnection(name, dialer, options, auth)
+
+    def _endpoint(self, path: Path, value: Any, tls: Any) -> Transport | None:
+        if isinstance(value, str):
+            value = {"url": value}
+        if not isinstance(value, dict):
+            self.doc.problem(path, f"expected a URL, got {show(value)}", 'Write "mqtts://host:8883"')
+            return None
+        rest = {key: item for key, item in value.items() if key not in ("url", "via")}
+        if "url" not in value:
+            self.doc.problem(path, "the key `url` is missing", 'Add url = "mqtts://host:8883"')
+            return None
+        url: Url | None = self.structure((*path, "url"), value["url"], Url)
+        via: str | None = self.structure((*path, "via"), value.get("via", ""), str)
+        if url is None or via is None:
+            return None
+        url, kind = self.transport((*path, "url"), url, via, (*path, "via"))
+        if kind is None:
+            return None
+        inherits = tls is not None and "tls" not in rest and "tls" in keys(kind)
+        if inherits:
+            rest["tls"] = tls
+
+        def moved(place: Path) -> Path:
+            inherited = inherits and place[len(path) : len(path) + 1] == ("tls",)
+            return (*path[:-2], *place[len(path) :]) if inherited else place
+
+        made: Transport | None = self.structure(
+            path, {"url": url, **rest}, kind, also=("via",), moved=moved
+        )
+        return made
+
+    def transport(self, path: Path, url: Url, via: str, via_path: Path) -> tuple[Url, Any]:
+        """The URL with its scheme's usual name, and the transport's class; None if there is none."""
+        url = attrs.evolve(url, scheme=ALIASES.get(url.scheme, url.scheme))
+        try:
+            return url, self.catalog.transports(url.scheme, via)[0].recipe
+        except PluginError as error:
+            served = url.scheme in self.catalog.schemes()
+            self.doc.problem(via_path if served else path, error.what, error.fix)
+            return url, None
+
+    def _find_connection(self, name: str) -> MqttConnection:
+        if name not in self.connections:
+            raise Wrong(f"there is no connection {name!r}", nearest(name, self.connections, "connections"))
+        found = self.connections[name]
+        if found is None:
+            raise Reported
+        return found
+
+    # --- sources, sinks, pipelines --------------------------------------------------------
+
+    def source(self, name: str, path: Path, table: dict[str, Any]) -> SourceSpec | None:
+        """`[sources.<name>]`: the recipe's keys, `serializer` and `topic_fields`."""
+        recipe = self.component("source", path, table, ("serializer", "topic_fields"))
+        serializer = self._serializer(path, table, "json")
+        fields: str | None = None
+        if "topic_fields" in table:
+            place = (*path, "topic_fields")
+            fields = self.structure(place, table["topic_fields"], str)
+            if fields is None or self._make(place, TopicFields.parse, fields) is None:
+                return None
+        if recipe is None or serializer is None:
+            return None
+        return SourceSpec(name=name, recipe=recipe, serializer=serializer, topic_fields=fields)
+
+    def sink(self, name: str, path: Path, table: dict[str, Any]) -> SinkSpec | None:
+        """`[sinks.<name>]`: the recipe's keys and `serializer`."""
+        recipe = self.component("sink", path, table, ("serializer",))
+        serializer = self._serializer(path, table, None)
+        if recipe is None or (serializer is None and "serializer" in table):
+            return None
+        return SinkSpec(name=name, recipe=recipe, serializer=serializer)
+
+    def _serializer(self, path: Path, table: dict[str, Any], default: str | None) -> Serializer | None:
+        value = table.get("serializer", default)
+        if value is None:
+            return None
+        place = (*path, "serializer")
+        if not isinstance(value, dict):
+            value = {"type": value}
+        made: Serializer | None = self.component("serializer", place, value)
+        return made
+
+    def _make(self, path: Path, kind: Callable[..., Any], *args: Any, **values: Any) -> Any:
+        """Build something whose own checks may refuse the values."""
+        try:
+            return kind(*args, **values)
+        except ValueError as error:
+            self.doc.problem(path, str(error))
+            return None
+
+    def pipeline(self, name: str, path: Path, value: dict[str, Any]) -> PipelineSpec | None:
+        table: PipelineTable | None = self.structure(path, value, PipelineTable)
+        if table is None:
+            self._check_names(path, value)
+            return None
+        source = self._look_up((*path, "from"), "source", self.sources, table.from_)
+        sinks = [
+            self._look_up((*path, "to", index), "sink", self.sinks, sink)
+            for index, sink in enumerate(table.to)
+        ]
+        dead_letter = process = None
+        if not sinks:
+            self.doc.problem((*path, "to"), "no sink is named", "Name at least one sink")
+        for index, sink in enumerate(table.to):
+            if sink in table.to[:index]:
+                self.doc.problem((*path, "to", index), f"{sink!r} is named twice", "Name each sink once")
+        if table.dead_letter is not None:
+            place = (*path, "dead_letter")
+            dead_letter = self._look_up(place, "sink", self.sinks, table.dead_letter)
+            if table.dead_letter in table.to:
+                fix = "Use a sink of its own: the same one would fail again"
+                self.doc.problem(place, f"{table.dead_letter!r} is a sink of this pipeline too", fix)
+            elif table.on_error != "dead_letter":
+                fix = 'Set on_error = "dead_letter", or leave dead_letter out'
+                self.doc.problem(place, f'is not used with on_error = "{table.on_error}"', fix)
+        elif table.on_error == "dead_letter":
+            fix = 'Add dead_letter = "<name of a sink>"'
+            self.doc.problem((*path, "on_error"), "the key `dead_letter` is missing", fix)
+        if table.process is not None:
+            process = self._process((*path, "process"), table.process)
+        if source is None or None in sinks or (table.dead_letter and dead_letter is None):
+            return None
+        made: PipelineSpec | None = self._make(
+            path,
+            PipelineSpec,
+            name=name,
+            source=source,
+            sinks=tuple(sinks),
+            process=process,
+            on_error=table.on_error,
+            dead_letter=dead_letter,
+            retry=table.retry,
+            max_attempts=table.max_attempts,
+        )
+        return made
+
+    def _check_names(self, path: Path, value: dict[str, Any]) -> None:
+        """Report unknown names in a table that has other problems too."""
+        to = value.get("to")
+        sinks = [((*path, "to", i), one) for i, one in enumerate(to)] if isinstance(to, list) else []
+        for place, name in [*sinks, ((*path, "dead_letter"), value.get("dead_letter"))]:
+            if isinstance(name, str):
+                self._look_up(place, "sink", self.sinks, name)
+        if isinstance(value.get("from"), str):
+            self._look_up((*path, "from"), "source", self.sources, value["from"])
+        if isinstance(value.get("process"), str):
+            self._process((*path, "process"), value["process"])
+
+    def _process(self, path: Path, text: str) -> Process | None:
+        try:
+            return load_process(text, self.doc.folder)
+        except Wrong as error:
+            self.doc.problem(path, error.message, error.fix)
+            return None
+
+    def _look_up(self, path: Path, what: str, table: Mapping[str, Any], name: str) -> Any:
+        if name not in table:
+            self.doc.problem(path, f"there is no {what} {name!r}", nearest(name, table, f"{what}s"))
+        return table.get(name)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    overrides: Iterable[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    env_file: str | os.PathLike[str] | None = None,
+    catalog: Catalog | None = None,
+) -> Config:
+    """Read a pipeline file. Raises ConfigError with every problem there is.
+
+    `overrides` are "table.key=value" texts that win over the file. Variables come from
+    `environ`, then from `env_file`. Nothing is opened; process steps are imported.
+    """
+    doc = read(path, overrides, environ, env_file)
+    composer = Composer(doc, catalog or load_catalog())
+    composer.top(SECTIONS, dict.fromkeys(("broker", "listeners"), "That belongs to a file for `serve`"))
+    for name, place, table in composer.tables("connections"):
+        composer.connections[name] = composer.connection(name, place, table)
+    for name, place, table in composer.tables("sources"):
+        composer.sources[name] = composer.source(name, place, table)
+    for name, place, table in composer.tables("sinks"):
+        composer.sinks[name] = composer.sink(name, place, table)
+    pipelines = [composer.pipeline(*found) for found in composer.tables("pipelines")]
+    if not doc.data.get("pipelines"):
+        doc.problem((), "there is no pipeline", 'Add [pipelines.<name>] with from = "..." and to = ["..."]')
+    made = [pipeline for pipeline in pipelines if pipeline is not None]
+    checks.find_loops(doc, made)
+    doc.check()
+    connections = {name: one for name, one in composer.connections.items() if one is not None}
+    return Config(
+        file=doc.file,
+        connections=connections,
+        pipelines=tuple(made),
+        warnings=tuple(checks.find_warnings(doc, made)),
+    )
+
+
+def connection(
+    url: str,
+    *,
+    overrides: Iterable[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    catalog: Catalog | None = None,
+) -> MqttConnection:
+    """A connection to one URL; `overrides` are "key=value" texts for the keys of its table.
+
+    Raises ConfigError.
+    """
+    doc = Document("command line", "", FilePath.cwd())
+    doc.data = {"endpoints": [url]}
+    doc.override(overrides)
+    doc.expand(environ)
+    made = Composer(doc, catalog or load_catalog()).connection("cli", (), doc.data)
+    doc.check()
+    assert made is not None
+    return made
+
+
+def read(
+    path: str | os.PathLike[str],
+    overrides: Iterable[str],
+    environ: Mapping[str, str],
+    env_file: str | os.PathLike[str] | None,
+) -> Document:
+    """A document with its overrides applied and its variables expanded."""
+    known = dict(environ)
+    if env_file is not None:
+        known = {**read_env_file(env_file), **known}
+    doc = Document.read(path)
+    doc.override(overrides)
+    doc.expand(known)
+    return doc

@@ -1,0 +1,112 @@
+"""A file for `serve` -> broker options and listeners.
+
+Owns: `[broker]` and `[listeners.<name>]`. Rule: as for pipelines: all problems at once, and
+nothing is opened while a file is read.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+
+from ..plugins import Catalog
+from ..plugins import load as load_catalog
+from ..protocols import Authenticator, Url
+from ..server import BrokerOptions, ListenerSpec
+from .compose import Composer, read
+from .document import Document
+from .lines import Path
+
+PORT = attrs.validators.optional(attrs.validators.and_(attrs.validators.ge(0), attrs.validators.le(65535)))
+SERVER_SECTIONS = ("broker", "listeners")
+"""The tables of a file for `serve`."""
+
+
+@attrs.frozen(kw_only=True)
+class ServerConfig:
+    """A file for `serve`, ready to run."""
+
+    file: str
+    options: BrokerOptions
+    listeners: tuple[ListenerSpec, ...]
+
+
+@attrs.frozen(kw_only=True)
+class Address:
+    """`[listeners.<name>]`: where to listen; all other keys are the transport's own."""
+
+    url: Url | None = None
+    """Where to listen, in one: "mqtt://127.0.0.1:1883". Or give scheme, host and port."""
+    scheme: str = "mqtt"
+    """Chooses the transport."""
+    host: str = "127.0.0.1"
+    """Address to listen on: "0.0.0.0" is all of IPv4, "::" is all there are."""
+    port: int | None = attrs.field(default=None, validator=PORT)
+    """Default: the usual port of the scheme. 0 is any free one."""
+    via: str = ""
+    """Name of the transport, where several serve the scheme."""
+
+
+def load_server(
+    path: str | os.PathLike[str],
+    *,
+    overrides: Iterable[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    env_file: str | os.PathLike[str] | None = None,
+    catalog: Catalog | None = None,
+) -> ServerConfig:
+    """Read a file for `serve`. Raises ConfigError with every problem there is."""
+    doc = read(path, overrides, environ, env_file)
+    composer = Composer(doc, catalog or load_catalog())
+    pipelines = ("connections", "sources", "sinks", "pipelines")
+    composer.top(SERVER_SECTIONS, dict.fromkeys(pipelines, "That belongs to a file for `run`"))
+    table = doc.data.get("broker", {})
+    options: BrokerOptions | None = composer.structure(("broker",), table, BrokerOptions)
+    listeners = [_listener(composer, *found) for found in composer.tables("listeners")]
+    if not doc.data.get("listeners"):
+        doc.problem((), "there is no listener", "Add [listeners.tcp] with port = 1883")
+    doc.check()
+    assert options is not None
+    made = tuple(listener for listener in listeners if listener is not None)
+    return ServerConfig(file=doc.file, options=options, listeners=made)
+
+
+def _listener(composer: Composer, name: str, path: Path, table: dict[str, Any]) -> ListenerSpec | None:
+    doc = composer.doc
+    fields = [field.name for field in attrs.fields(Address)]
+    own = {key: value for key, value in table.items() if key in fields}
+    rest = {key: value for key, value in table.items() if key not in fields and key not in ("auth", "tls")}
+    address: Address | None = composer.structure(path, own, Address)
+    authenticator: Authenticator | None = None
+    if "auth" in table:
+        authenticator = composer.component("authenticator", (*path, "auth"), table["auth"])
+    if "tls" in table:
+        fix = "Write server_tls = { certificate = ..., key = ... }"
+        doc.problem((*path, "tls"), "is what a client trusts; a listener has a certificate", fix)
+    if address is None or not _one_address(doc, path, own):
+        return None
+    place = (*path, "url" if address.url else "scheme")
+    url = address.url or Url(address.scheme, address.host)
+    url, kind = composer.transport(place, url, address.via, (*path, "via"))
+    if kind is None:
+        return None
+    if not address.url and address.port != 0:
+        url = attrs.evolve(url, port=address.port or kind.schemes[url.scheme])
+    if not hasattr(kind, "listen"):
+        doc.problem(place, f"{kind.__name__} has no server half", "Choose another scheme or `via`")
+        return None
+    recipe = composer.structure(path, {"url": url, **rest}, kind, also=(*fields, "auth"))
+    if recipe is None or ("auth" in table and authenticator is None):
+        return None
+    given = {} if authenticator is None else {"authenticator": authenticator}
+    return ListenerSpec(name, recipe, **given)
+
+
+def _one_address(doc: Document, path: Path, own: Mapping[str, Any]) -> bool:
+    twice = [key for key in ("scheme", "host", "port") if key in own and "url" in own]
+    for key in twice:
+        doc.problem((*path, key), "stands in `url` already", "Remove one of the two")
+    return not twice

@@ -1,0 +1,266 @@
+"""The client side of one MQTT connection.
+
+Owns: CONNECT to CONNACK, SUBSCRIBE, PING, AUTH and DISCONNECT as a client says them. Rule: one
+engine a connection; the `Session` it is given outlives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..errors import ProtocolError
+from ..message import Message
+from . import codec
+from .events import Acknowledged, AuthChallenge, Closed, Connected, Event, Output, Suback
+from .flow import MAX_WINDOW, Flow, PeerLimits
+from .link import Link
+from .packets import V5, Auth, Connack, Connect, Disconnect, Ping, SubackPacket, Subscribe, Subscription, Unsubscribe
+from .properties import P
+from .reasons import R, words
+from .session import Session
+
+_WINDOW_V3 = 20
+"""In flight to a 3.1.1 broker, which cannot announce a maximum: brokers commonly allow 20 and
+drop the connection beyond that."""
+
+
+class ClientEngine:
+    """Bytes in, events out; messages in, bytes out.
+
+    What `connect.properties` announce (Receive Maximum, Maximum Packet Size, Topic Alias
+    Maximum) is enforced. `now` is any monotonic clock in seconds. `ping_timeout`: seconds of
+    silence after a PINGREQ before the connection counts as dead.
+    """
+
+    def __init__(
+        self,
+        connect: Connect,
+        session: Session,
+        *,
+        now: float,
+        connect_timeout: float = 10.0,
+        ping_timeout: float = 10.0,
+        send_buffer: int = 1_048_576,
+        window: int = MAX_WINDOW,
+        maximum_streams: int = 10,
+    ) -> None:
+        announced = connect.properties if connect.version == V5 else {}
+        self.connect = connect
+        self.connack: Connack | None = None
+        self.keepalive = connect.keepalive
+        self._session = session
+        self._window = window
+        self._ping_timeout = ping_timeout
+        self._deadline: float | None = now + connect_timeout
+        """CONNACK is due, later PINGRESP; None when nothing is awaited."""
+        self._next_ping: float | None = None
+        self._paused: float | None = None
+        self._asked: dict[int, int] = {}
+        """SUBSCRIBE and UNSUBSCRIBE not answered: packet identifier to number of filters."""
+        self._link = Link(
+            self._handle,
+            session,
+            server=False,
+            version=connect.version,
+            maximum_packet_size=announced.get(P.MAXIMUM_PACKET_SIZE, 268_435_460),
+            topic_alias_maximum=announced.get(P.TOPIC_ALIAS_MAXIMUM, 0),
+            receive_maximum=announced.get(P.RECEIVE_MAXIMUM, 65_535),
+            send_buffer=send_buffer,
+            maximum_streams=maximum_streams,
+        )
+        self._link.last_received = now
+        self._link.control.write(codec.encode_connect(connect))
+
+    @property
+    def connected(self) -> bool:
+        return self._link.ready and not self._link.closed
+
+    # --- input ----------------------------------------------------------------------------
+
+    def receive_data(self, data: bytes, *, stream: int = 0, now: float) -> list[Event]:
+        """Takes what arrived on a stream."""
+        if self._link.ready:
+            self._deadline = None
+        events = self._link.receive(data, stream, now)
+        if self._link.ready and self._next_ping is None and self.keepalive:
+            self._next_ping = now + self.keepalive
+        return events
+
+    def stream_opened(self, stream: int, *, now: float) -> list[Event]:
+        return self._link.stream_opened(stream)
+
+    def stream_eof(self, stream: int, *, now: float) -> list[Event]:
+        return self._link.stream_lost(stream, reset=False)
+
+    def stream_reset(self, stream: int, *, now: float) -> list[Event]:
+        return self._link.stream_lost(stream, reset=True)
+
+    def pause_reading(self, now: float) -> None:
+        """The owner does not read for now: silence proves nothing until `resume_reading`."""
+        if self._paused is None:
+            self._paused = now
+
+    def resume_reading(self, now: float) -> None:
+        if self._paused is not None:
+            if self._deadline is not None:
+                self._deadline += now - self._paused
+            self._paused = None
+
+    def next_timeout(self) -> float | None:
+        """When `handle_timeout` wants to be called, on the clock of `now`."""
+        if self._link.closed:
+            return None
+        deadline = None if self._paused is not None else self._deadline
+        times = [one for one in (deadline, self._next_ping) if one is not None]
+        return min(times, default=None)
+
+    def handle_timeout(self, now: float) -> list[Event]:
+        if self._link.closed:
+            return self._link.take_events()
+        if self._deadline is not None and self._paused is None and now >= self._deadline:
+            if self._link.ready:
+                self._link.disconnect(R.KEEP_ALIVE_TIMEOUT, "the broker stopped answering (no PINGRESP)", {})
+            else:
+                self._link.end(Closed(None, "the broker accepted the connection but sent no CONNACK", False, False))
+        elif self._next_ping is not None and now >= self._next_ping:
+            self._link.control.write(b"\xc0\x00")
+            self._next_ping = now + self.keepalive
+            if self._deadline is None:
+                self._deadline = now + self._ping_timeout
+        return self._link.take_events()
+
+    def take_events(self) -> list[Event]:
+        """Events that `publish` caused (messages the broker's announced limits exclude)."""
+        return self._link.take_events()
+
+    def _handle(self, flow: Flow, packet: Any) -> None:
+        link = self._link
+        if type(packet) is Ping:
+            return
+        if type(packet) is Connack:
+            self._connack(packet)
+        elif type(packet) is SubackPacket:
+            self._suback(packet)
+        elif type(packet) is Auth:
+            self._auth(packet)
+        elif type(packet) is Disconnect and link.version == V5 and link.ready:
+            text = packet.properties.get(P.REASON_STRING, "") or words(packet.reason_code)
+            link.end(Closed(packet.reason_code, text, True, False, packet.properties))
+        else:
+            raise ProtocolError("the server sent a packet it must not send now", reason_code=R.PROTOCOL_ERROR)
+
+    def _connack(self, connack: Connack) -> None:
+        link = self._link
+        if link.ready:
+            raise ProtocolError("a second CONNACK", reason_code=R.PROTOCOL_ERROR)
+        found = connack.properties
+        if connack.reason_code:
+            text = found.get(P.REASON_STRING, "") or words(connack.reason_code)
+            link.end(Closed(connack.reason_code, text, True, False, found))
+            return
+        if connack.session_present and self.connect.clean_start:
+            link.end(Closed(R.PROTOCOL_ERROR, "the server kept a session that was to start clean", False, False))
+            return
+        self._deadline = None
+        self.connack = connack
+        self.keepalive = found.get(P.SERVER_KEEP_ALIVE, self.keepalive)
+        peer = PeerLimits(
+            receive_maximum=found.get(P.RECEIVE_MAXIMUM, 65_535 if link.version == V5 else _WINDOW_V3),
+            maximum_packet_size=found.get(P.MAXIMUM_PACKET_SIZE, 268_435_460),
+            maximum_qos=found.get(P.MAXIMUM_QOS, 2),
+            retain_available=bool(found.get(P.RETAIN_AVAILABLE, 1)),
+            topic_alias_maximum=found.get(P.TOPIC_ALIAS_MAXIMUM, 0),
+        )
+        link.start(link.version, peer, self._window)
+        link.events.append(Connected(connack))
+        session = self._session
+        if not connack.session_present:
+            session.forget_inbound()
+            # what the server had taken over (PUBREC) before it forgot the session is done
+            done = {one: entry.key for one, entry in session.outbound.items() if entry.released}
+            for packet_id in done:
+                del session.outbound[packet_id]
+            if done:
+                link.events.append(Acknowledged(0, list(done.values()), {}))
+        link.control.resume(dup=connack.session_present)
+        link.release_held()
+
+    def _suback(self, packet: SubackPacket) -> None:
+        count = self._asked.pop(packet.packet_id, None)
+        if count is None:
+            raise ProtocolError("an answer to a SUBSCRIBE that was not sent", reason_code=R.PROTOCOL_ERROR)
+        if packet.codes and len(packet.codes) != count:
+            raise ProtocolError("SUBACK does not answer every topic filter", reason_code=R.PROTOCOL_ERROR)
+        text = packet.properties.get(P.REASON_STRING, "")
+        self._link.events.append(Suback(packet.packet_id, tuple(packet.codes), text))
+
+    def _auth(self, packet: Auth) -> None:
+        method = packet.properties[P.AUTH_METHOD]
+        if method != self.connect.properties.get(P.AUTH_METHOD):
+            raise ProtocolError("AUTH with a method that CONNECT did not name", reason_code=R.PROTOCOL_ERROR)
+        final = packet.reason_code == R.SUCCESS
+        if packet.reason_code == R.RE_AUTHENTICATE or (final and not self._link.ready):
+            raise ProtocolError("AUTH with a reason only a client may give", reason_code=R.PROTOCOL_ERROR)
+        data = packet.properties.get(P.AUTH_DATA, b"")
+        self._link.events.append(AuthChallenge(method, data, final))
+
+    # --- what a client says ---------------------------------------------------------------
+
+    def subscribe(
+        self,
+        subscriptions: Sequence[Subscription],
+        *,
+        properties: Mapping[P, Any] = {},
+        stream: int = 0,
+    ) -> int:
+        """Sends SUBSCRIBE; its packet identifier comes back in `Suback`. Raises ProtocolError for
+        an invalid filter; call it only while connected."""
+        flow = self._link.flows[stream]
+        packet_id = self._free_id()
+        packet = Subscribe(packet_id=packet_id, subscriptions=tuple(subscriptions), properties=properties)
+        flow.write(codec.encode_subscribe(packet, self._link.version))
+        self._asked[packet_id] = len(packet.subscriptions)
+        return packet_id
+
+    def unsubscribe(self, filters: Sequence[str], *, stream: int = 0) -> int:
+        """Sends UNSUBSCRIBE; its packet identifier comes back in `Suback`."""
+        packet_id = self._free_id()
+        packet = Unsubscribe(packet_id=packet_id, filters=tuple(filters))
+        self._link.flows[stream].write(codec.encode_unsubscribe(packet, self._link.version))
+        self._asked[packet_id] = len(packet.filters)
+        return packet_id
+
+    def _free_id(self) -> int:
+        while (packet_id := self._session.next_id()) in self._asked:
+            pass
+        return packet_id
+
+    def publish(self, messages: Sequence[Message], keys: Sequence[int], *, stream: int = 0) -> int:
+        """Encodes messages from the front as window and buffer allow; returns how many were taken.
+
+        `keys` are parallel to the messages and come back in `Acknowledged` for QoS 1 and 2, and
+        for any message that the broker's announced limits exclude.
+        """
+        return self._link.publish(messages, keys, stream)
+
+    def settle(self, token: int) -> None:
+        """The messages of that `Received` are safe: PUBACK and PUBREC go out, in order of arrival.
+
+        A token of an earlier connection of the same session is fine.
+        """
+        self._link.settle(token, None)
+
+    def auth(self, data: bytes, *, reauthenticate: bool = False) -> None:
+        """Answers a challenge, or starts a re-authentication (MQTT 5 section 4.12.1)."""
+        code = R.RE_AUTHENTICATE if reauthenticate else R.CONTINUE_AUTHENTICATION
+        found = {P.AUTH_METHOD: self.connect.properties[P.AUTH_METHOD], P.AUTH_DATA: data}
+        self._link.control.write(codec.encode_auth(Auth(reason_code=code, properties=found)))
+
+    def disconnect(self, reason_code: int = 0, *, properties: Mapping[P, Any] = {}) -> None:
+        """Says DISCONNECT; 0x04 asks for the will to be published. Idempotent."""
+        self._link.disconnect(reason_code, "", properties, orderly=True)
+
+    def outputs(self) -> list[Output]:
+        """What to write; call it after every other call."""
+        return self._link.outputs()

@@ -1,0 +1,356 @@
+"""One stream of a connection: its decoder, packet identifiers, in-flight window and output.
+
+Owns: the QoS 1 and 2 exchanges in both directions (MQTT 5 sections 4.3, 4.4, 4.9), the same for
+client and server. Rules: messages move in lists; acknowledgements go out in the order the
+messages came in (section 4.6).
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import deque
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..errors import ProtocolError
+from ..message import NO_PROPERTIES, Message, Properties
+from . import properties as t
+from .decoder import Acks, Decoder, Publishes
+from .packets import V5
+from .primitives import string, varint
+from .properties import P, from_message_properties, write_properties
+from .reasons import R
+from .session import InFlight, Session
+
+MAX_WINDOW = 65_000
+"""In flight at most, so that a free packet identifier always exists."""
+_CACHE_LIMIT = 4096
+
+
+class PeerLimits(NamedTuple):
+    """What the other side announced it takes."""
+
+    receive_maximum: int = 65_535
+    maximum_packet_size: int = 268_435_460
+    maximum_qos: int = 2
+    retain_available: bool = True
+    topic_alias_maximum: int = 0
+
+
+class _Pending(NamedTuple):
+    """What one `Received` holds back: identifiers and their QoS, until it is settled."""
+
+    ids: list[int]
+    qos: Sequence[int] | None
+    """Parallel to ids; None when none is 2."""
+
+
+class Flow:
+    """State of one stream. `stream` 0 is the control stream, whose session outlives it."""
+
+    def __init__(
+        self, stream: int, session: Session, decoder: Decoder, *, send_buffer: int, server: bool
+    ) -> None:
+        self.stream = stream
+        self.session = session
+        self.decoder = decoder
+        self.held = bytearray()
+        """What arrived before the connection was accepted."""
+        self.send_buffer = send_buffer
+        self.out: list[bytes] = []
+        self.out_size = 0
+        self.fin = False
+        self.receive_maximum = 65_535
+        self._server = server
+        self._peer = PeerLimits()
+        self._window = 0
+        self._quota = 0
+        self._v5 = True
+        self._topics: dict[str, bytes] = {}
+        self._aliases: dict[str, int] = {}
+        self._pending: dict[int, _Pending] = {}
+        self._settled: dict[int, Sequence[int] | None] = {}
+        self._waiting = 0
+        self._asked: set[int] = set()
+        self.refused: dict[int, int] = {}
+        """Keys of messages the peer does not take, and why, until the owner is told."""
+        self._resend: deque[int] = deque()
+        self._dup = True
+
+    def start(self, version: int, peer: PeerLimits, *, window: int = MAX_WINDOW) -> None:
+        """The connection is accepted: messages may flow, within what the peer announced."""
+        self._v5 = version == V5
+        self.decoder.version = version
+        self._peer = peer
+        self._window = self._quota = min(peer.receive_maximum, window, MAX_WINDOW)
+
+    def resume(self, *, dup: bool) -> None:
+        """Send again what is in flight in the session (section 4.4), as the window allows.
+
+        `dup` False: the peer has a new session, so the messages go out as new ones.
+        """
+        self._resend = deque(self.session.outbound)
+        self._dup = dup
+        self._send_again()
+
+    def write(self, data: bytes) -> None:
+        self.out.append(data)
+        self.out_size += len(data)
+
+    def take(self) -> bytes:
+        data = b"".join(self.out)
+        self.out.clear()
+        self.out_size = 0
+        return data
+
+    # --- outbound messages ----------------------------------------------------------------
+
+    def publish(self, messages: Sequence[Message], keys: Sequence[int]) -> int:
+        """Encodes from the front while window and buffer allow; returns how many were taken.
+
+        A message the peer said it cannot take counts as taken and is noted in `refused`.
+        """
+        if self._resend or not self._window:
+            return 0
+        outbound = self.session.outbound
+        taken = 0
+        for message, key in zip(messages, keys, strict=True):
+            if self.out_size >= self.send_buffer:
+                break
+            if message.qos:
+                if not self._quota:
+                    break
+                packet_id = self.session.next_id()
+            else:
+                packet_id = 0
+            taken += 1
+            reason = self._encode(message, packet_id, 0)
+            if reason:
+                self.refused[key] = reason
+            elif packet_id:
+                outbound[packet_id] = InFlight(key, message)
+                self._quota -= 1
+        return taken
+
+    def _encode(self, message: Message, packet_id: int, dup: int) -> int:
+        """Appends one PUBLISH; or returns the reason code why the peer would not take it."""
+        peer = self._peer
+        qos = message.qos
+        if qos > peer.maximum_qos:
+            return R.QOS_NOT_SUPPORTED
+        if message.retain and not peer.retain_available:
+            return R.RETAIN_NOT_SUPPORTED
+        topic = message.topic
+        head = self._topics.get(topic)
+        if head is None:
+            if len(self._topics) >= _CACHE_LIMIT:
+                self._topics.clear()
+            try:
+                head = self._topics[topic] = string(topic)
+            except ProtocolError:
+                return R.TOPIC_NAME_INVALID
+            if len(head) == 2 or "+" in topic or "#" in topic:
+                del self._topics[topic]
+                return R.TOPIC_NAME_INVALID
+        new_alias = 0
+        block = b""
+        if self._v5:
+            alias = self._aliases.get(topic, 0)
+            if alias:
+                head = b"\0\0"
+            elif len(self._aliases) < peer.topic_alias_maximum:
+                alias = new_alias = len(self._aliases) + 1
+            if not alias and message.properties is NO_PROPERTIES:
+                block = b"\0"
+            else:
+                try:
+                    block = self._properties(message.properties, alias)
+                except (ProtocolError, OverflowError):
+                    return R.PAYLOAD_FORMAT_INVALID
+        payload = message.payload
+        body = len(head) + len(block) + len(payload) + (2 if qos else 0)
+        first = 0x30 | dup | qos << 1 | message.retain
+        fixed = bytes((first, body)) if body < 0x80 else bytes((first,)) + varint(body)
+        size = len(fixed) + body
+        if size > peer.maximum_packet_size:
+            return R.PACKET_TOO_LARGE
+        if new_alias:
+            self._aliases[topic] = new_alias
+        self.out += (fixed, head, packet_id.to_bytes(2) + block if qos else block, payload)
+        self.out_size += size
+        return 0
+
+    def _properties(self, properties: Properties, alias: int) -> bytes:
+        found = from_message_properties(properties)
+        if not self._server:
+            found.pop(P.SUBSCRIPTION_ID, None)
+        if alias:
+            found[P.TOPIC_ALIAS] = alias
+        return write_properties(found)
+
+    def _send_again(self) -> None:
+        outbound = self.session.outbound
+        while self._resend and self._quota:
+            packet_id = self._resend.popleft()
+            entry = outbound.get(packet_id)
+            if entry is None:
+                continue
+            if entry.released:
+                self.write(b"\x62\x02" + packet_id.to_bytes(2))
+            elif reason := self._encode(entry.message, packet_id, 8 if self._dup else 0):
+                self.refused[entry.key] = reason
+                del outbound[packet_id]
+            else:
+                self._quota -= 1
+
+    def acks(self, acks: Acks, keys: list[int]) -> None:
+        """Takes PUBACK, PUBREC or PUBCOMP (for what we sent) or PUBREL (for what we got).
+
+        Appends to `keys` what is done; what the peer did not take is noted in `refused`.
+        """
+        if acks.packet_type == t.PUBREL:
+            self._release(acks.ids)
+            return
+        outbound = self.session.outbound
+        reasons = acks.reasons
+        answers: list[bytes] = []
+        freed = 0
+        for packet_id in acks.ids:
+            entry = outbound.get(packet_id)
+            if entry is None:
+                if acks.packet_type == t.PUBREC:
+                    unknown = b"\x62\x03%b\x92" if self._v5 else b"\x62\x02%b"
+                    answers.append(unknown % packet_id.to_bytes(2))
+                continue
+            if (acks.packet_type == t.PUBACK) != (entry.message.qos == 1):
+                raise ProtocolError(
+                    f"the wrong kind of acknowledgement for packet identifier {packet_id}",
+                    reason_code=R.PROTOCOL_ERROR,
+                )
+            reason = reasons.get(packet_id, 0) if reasons else 0
+            if acks.packet_type == t.PUBREC and reason < 0x80:
+                entry.released = True
+                answers.append(b"\x62\x02" + packet_id.to_bytes(2))
+                continue
+            del outbound[packet_id]
+            freed += 1
+            if reason >= 0x80 and acks.packet_type != t.PUBCOMP:
+                self.refused[entry.key] = reason
+            else:
+                keys.append(entry.key)
+        if answers:
+            self.write(b"".join(answers))
+        if freed:
+            self._quota = min(self._window, self._quota + freed)
+            if self._resend:
+                self._send_again()
+
+    # --- inbound messages -----------------------------------------------------------------
+
+    def received(self, publishes: Publishes) -> tuple[list[Message], list[int]]:
+        """Messages that are new, and their identifiers. Raises ProtocolError beyond the window."""
+        messages, ids, qos2 = publishes
+        if qos2:
+            messages, ids = self._without_duplicates(messages, ids)
+        self._waiting += len(ids) - ids.count(0)
+        if self._v5 and self._waiting + len(self.session.inbound) > self.receive_maximum:
+            raise ProtocolError(
+                f"more than {self.receive_maximum} messages were sent without waiting for acknowledgement",
+                reason_code=R.RECEIVE_MAXIMUM_EXCEEDED,
+            )
+        return messages, ids
+
+    def _without_duplicates(self, messages: list[Message], ids: list[int]) -> tuple[list[Message], list[int]]:
+        session = self.session
+        new_messages: list[Message] = []
+        new_ids: list[int] = []
+        for message, packet_id in zip(messages, ids, strict=True):
+            if message.qos == 2:
+                if packet_id in session.inbound:
+                    self.write(b"\x50\x02" + packet_id.to_bytes(2))
+                    continue
+                if packet_id in session.unsettled:
+                    self._asked.add(packet_id)
+                    continue
+                session.unsettled[packet_id] = 0
+            new_messages.append(message)
+            new_ids.append(packet_id)
+        return new_messages, new_ids
+
+    def hold(self, messages: list[Message], ids: list[int]) -> int:
+        """The token that settles these messages; 0 when all are QoS 0."""
+        if not any(ids):
+            return 0
+        session = self.session
+        token = session.next_token()
+        qos: list[int] | None = None
+        if session.unsettled:
+            qos = [message.qos for message in messages]
+            for message, packet_id in zip(messages, ids, strict=True):
+                if message.qos == 2:
+                    session.unsettled[packet_id] = token
+        self._pending[token] = _Pending(ids, qos)
+        return token
+
+    def settle(self, token: int, reasons: Sequence[int] | None) -> bool:
+        """Acknowledge what the token holds, once all before it are. False: not of this connection.
+
+        `reasons` are parallel to the messages of its `Received`."""
+        if token not in self._pending:
+            return False
+        self._settled[token] = reasons
+        while self._pending:
+            head = next(iter(self._pending))
+            if head not in self._settled:
+                break
+            self._acknowledge(self._pending.pop(head), self._settled.pop(head))
+        return True
+
+    def settle_earlier(self, token: int) -> None:
+        """A token of an earlier connection: its QoS 2 messages are safe now. PUBREC goes to a peer
+        that has sent them again, and will go to one that still does."""
+        for packet_id in self.session.settle_unconnected(token):
+            if packet_id in self._asked:
+                self._asked.discard(packet_id)
+                self.write(b"\x50\x02" + packet_id.to_bytes(2))
+
+    def _acknowledge(self, pending: _Pending, reasons: Sequence[int] | None) -> None:
+        ids, qos = pending
+        count = len(ids) - ids.count(0)
+        self._waiting -= count
+        if qos is None and (reasons is None or not self._v5):
+            if count < len(ids):
+                ids = [one for one in ids if one]
+            words = [0x4002] * (2 * count)
+            words[1::2] = ids
+            self.write(struct.pack(f">{2 * count}H", *words))
+            return
+        session = self.session
+        out = bytearray()
+        for index, packet_id in enumerate(ids):
+            if not packet_id:
+                continue
+            reason = reasons[index] if reasons is not None and self._v5 else 0
+            first = 0x40
+            if qos is not None and qos[index] == 2:
+                first = 0x50
+                session.unsettled.pop(packet_id, None)
+                if reason < 0x80:
+                    session.inbound.add(packet_id)
+            out += bytes((first, 3 if reason else 2)) + packet_id.to_bytes(2)
+            if reason:
+                out.append(reason)
+        self.write(bytes(out))
+
+    def _release(self, ids: list[int]) -> None:
+        inbound = self.session.inbound
+        out = bytearray()
+        for packet_id in ids:
+            if packet_id in inbound:
+                inbound.discard(packet_id)
+                out += b"\x70\x02" + packet_id.to_bytes(2)
+            elif self._v5:
+                out += b"\x70\x03" + packet_id.to_bytes(2) + b"\x92"
+            else:
+                out += b"\x70\x02" + packet_id.to_bytes(2)
+        self.write(bytes(out))

@@ -1,0 +1,240 @@
+"""What both engines share: the streams of one connection and the way packets pass through them.
+
+Owns: the set of flows, the gathering of messages into one `Received`, outputs, and the end of
+the connection. Rule: control packets go to the role's `handle`, messages never do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..errors import ProtocolError
+from ..message import Message
+from . import codec
+from .decoder import Acks, Decoder, Publishes
+from .events import Acknowledged, Close, Closed, Event, Output, Received, Reset, Send, StreamLost
+from .flow import Flow, PeerLimits
+from .packets import V5, Connack, Disconnect, Ping
+from .properties import P
+from .reasons import R
+from .session import Session
+
+Handle = Callable[[Flow, Any], None]
+CONTROL = 0
+"""The stream of CONNECT, AUTH, PING and DISCONNECT, whose end is the connection's end."""
+
+
+class Link:
+    """The streams of one connection. `handle(flow, packet)` takes control packets and may raise
+    ProtocolError; it adds its events to `events`."""
+
+    def __init__(
+        self,
+        handle: Handle,
+        session: Session,
+        *,
+        server: bool,
+        version: int,
+        maximum_packet_size: int,
+        topic_alias_maximum: int,
+        receive_maximum: int,
+        send_buffer: int,
+        maximum_streams: int,
+    ) -> None:
+        self.events: list[Event] = []
+        self.version = version
+        self.closed = False
+        self.ready = False
+        """Accepted: messages may flow."""
+        self.flows: dict[int, Flow] = {}
+        self.last_received = 0.0
+        self._handle = handle
+        self._server = server
+        self._maximum_packet_size = maximum_packet_size
+        self._topic_alias_maximum = topic_alias_maximum
+        self._receive_maximum = receive_maximum
+        self._send_buffer = send_buffer
+        self._maximum_streams = maximum_streams
+        self._tail: list[Output] = []
+        self._peer = PeerLimits()
+        self._window = 0
+        self.control = self._open(CONTROL, session)
+
+    def _open(self, stream: int, session: Session) -> Flow:
+        decoder = Decoder(
+            from_client=self._server,
+            version=self.version,
+            maximum_packet_size=self._maximum_packet_size,
+            topic_alias_maximum=self._topic_alias_maximum,
+        )
+        flow = Flow(stream, session, decoder, send_buffer=self._send_buffer, server=self._server)
+        flow.receive_maximum = self._receive_maximum
+        self.flows[stream] = flow
+        return flow
+
+    def start(self, version: int, peer: PeerLimits, window: int) -> None:
+        """CONNACK said yes: all streams may carry messages."""
+        self.version = version
+        self._peer = peer
+        self._window = window
+        self.ready = True
+        for flow in self.flows.values():
+            flow.start(version, peer, window=window)
+
+    def release_held(self) -> None:
+        """Process what other streams brought before the connection was accepted, and what
+        followed CONNECT."""
+        for flow in list(self.flows.values()):
+            held, flow.held = bytes(flow.held), bytearray()
+            self._feed(flow, held)
+
+    def take_events(self) -> list[Event]:
+        for flow in self.flows.values():
+            if flow.refused:
+                self.events.append(Acknowledged(flow.stream, [], flow.refused))
+                flow.refused = {}
+        events, self.events = self.events, []
+        return events
+
+    # --- input ----------------------------------------------------------------------------
+
+    def receive(self, data: bytes, stream: int, now: float) -> list[Event]:
+        self.last_received = now
+        flow = self.flows.get(stream)
+        if flow is not None and not self.closed:
+            self._feed(flow, data)
+        return self.take_events()
+
+    def _feed(self, flow: Flow, data: bytes) -> None:
+        if not self.ready and flow is not self.control:
+            flow.held += data
+            if len(flow.held) > self._maximum_packet_size:
+                self.fail(flow, ProtocolError("too much data before CONNECT", reason_code=R.PACKET_TOO_LARGE))
+            return
+        messages: list[Message] = []
+        ids: list[int] = []
+        keys: list[int] = []
+        try:
+            for item in flow.decoder.feed(data):
+                kind = type(item)
+                if kind is Publishes:
+                    if not self.ready:
+                        raise ProtocolError("PUBLISH before the connection is up", reason_code=R.PROTOCOL_ERROR)
+                    new_messages, new_ids = flow.received(item)
+                    if messages:
+                        messages += new_messages
+                        ids += new_ids
+                    else:
+                        messages, ids = new_messages, new_ids
+                elif kind is Acks:
+                    flow.acks(item, keys)
+                elif kind is ProtocolError:
+                    raise item
+                elif kind is Ping:
+                    self._handle(flow, item)
+                else:
+                    self._emit(flow, messages, ids, keys)
+                    messages, ids, keys = [], [], []
+                    self._handle(flow, item)
+                    if self.closed:
+                        return
+        except ProtocolError as error:
+            self._emit(flow, messages, ids, keys)
+            self.fail(flow, error)
+            return
+        self._emit(flow, messages, ids, keys)
+
+    def _emit(self, flow: Flow, messages: list[Message], ids: list[int], keys: list[int]) -> None:
+        if messages:
+            self.events.append(Received(flow.stream, messages, ids, flow.hold(messages, ids)))
+        if keys or flow.refused:
+            refused, flow.refused = flow.refused, {}
+            self.events.append(Acknowledged(flow.stream, keys, refused))
+
+    def stream_opened(self, stream: int) -> list[Event]:
+        """The peer, or the owner, opened a further stream."""
+        if stream == CONTROL or stream in self.flows or self.closed:
+            return []
+        if len(self.flows) >= self._maximum_streams:
+            self._tail.append(Reset(stream, R.QUOTA_EXCEEDED))
+            return []
+        flow = self._open(stream, Session())
+        if self.ready:
+            flow.start(self.version, self._peer, window=self._window)
+        return []
+
+    def stream_lost(self, stream: int, *, reset: bool) -> list[Event]:
+        """A stream ended: the control stream takes the connection along."""
+        if self.closed:
+            return []
+        if stream == CONTROL:
+            self.end(Closed(None, "the connection was lost" if reset else "the peer closed the connection", True, False))
+        else:
+            self._drop(stream, None)
+        return self.take_events()
+
+    def _drop(self, stream: int, code: int | None) -> None:
+        flow = self.flows.pop(stream, None)
+        if flow is None:
+            return
+        self._tail.append(Send(stream, flow.take(), fin=True) if code is None else Reset(stream, code))
+        lost = [entry.key for entry in flow.session.outbound.values()]
+        self.events.append(StreamLost(stream, lost))
+
+    # --- output ---------------------------------------------------------------------------
+
+    def settle(self, token: int, reasons: Sequence[int] | None) -> None:
+        for flow in self.flows.values():
+            if flow.settle(token, reasons):
+                return
+        self.control.settle_earlier(token)
+
+    def publish(self, messages: Sequence[Message], keys: Sequence[int], stream: int) -> int:
+        flow = self.flows.get(stream)
+        if flow is None or self.closed or not self.ready:
+            return 0
+        return flow.publish(messages, keys)
+
+    def outputs(self) -> list[Output]:
+        found: list[Output] = [
+            Send(flow.stream, flow.take()) for flow in self.flows.values() if flow.out
+        ]
+        if self._tail:
+            found += self._tail
+            self._tail = []
+        return found
+
+    def fail(self, flow: Flow, error: ProtocolError) -> None:
+        """Answers a violation: a data stream is reset, on the control stream the connection ends."""
+        if flow is not self.control:
+            self._drop(flow.stream, error.reason_code)
+        elif self._server and not self.ready:
+            if error.reason_code == R.UNSUPPORTED_PROTOCOL_VERSION:
+                # section 3.1.2.2: the version that cannot be spoken is refused in the newest one
+                # that both forms of CONNACK can be read in
+                self.control.write(codec.encode_connack(Connack(reason_code=error.reason_code), V5))
+            self.end(Closed(error.reason_code, error.what, False, False))
+        else:
+            self.disconnect(error.reason_code, error.what, {})
+
+    def disconnect(self, reason_code: int, text: str, properties: Mapping[P, Any], *, orderly: bool = False) -> None:
+        """Says DISCONNECT where the version lets this side say it, then closes."""
+        if self.closed:
+            return
+        found = dict(properties)
+        if text and reason_code:
+            found[P.REASON_STRING] = text[:256]
+        if self.ready and (self.version == V5 or not self._server):
+            self.control.write(
+                codec.encode_disconnect(Disconnect(reason_code=reason_code, properties=found), self.version)
+            )
+        self.end(Closed(reason_code, text, False, orderly, found))
+
+    def end(self, closed: Closed) -> None:
+        """The last event. What is in the output still goes out."""
+        if self.closed:
+            return
+        self.closed = True
+        self.events.append(closed)
+        self._tail.append(Close(closed.reason_code or 0))

@@ -1,0 +1,84 @@
+"""Reason codes (MQTT 5 section 2.4) and what they mean to a person.
+
+Owns: the codes, their words, and the translation from and to 3.1.1 return codes.
+"""
+
+from __future__ import annotations
+
+import enum
+
+
+class R(enum.IntEnum):
+    """MQTT 5 reason codes. 0 also means "normal disconnection" and "granted QoS 0"."""
+
+    SUCCESS = 0x00
+    GRANTED_QOS_1 = 0x01
+    GRANTED_QOS_2 = 0x02
+    DISCONNECT_WITH_WILL = 0x04
+    NO_MATCHING_SUBSCRIBERS = 0x10
+    NO_SUBSCRIPTION_EXISTED = 0x11
+    CONTINUE_AUTHENTICATION = 0x18
+    RE_AUTHENTICATE = 0x19
+    UNSPECIFIED_ERROR = 0x80
+    MALFORMED_PACKET = 0x81
+    PROTOCOL_ERROR = 0x82
+    IMPLEMENTATION_SPECIFIC = 0x83
+    UNSUPPORTED_PROTOCOL_VERSION = 0x84
+    CLIENT_IDENTIFIER_NOT_VALID = 0x85
+    BAD_USER_NAME_OR_PASSWORD = 0x86
+    NOT_AUTHORIZED = 0x87
+    SERVER_UNAVAILABLE = 0x88
+    SERVER_BUSY = 0x89
+    BANNED = 0x8A
+    SERVER_SHUTTING_DOWN = 0x8B
+    BAD_AUTHENTICATION_METHOD = 0x8C
+    KEEP_ALIVE_TIMEOUT = 0x8D
+    SESSION_TAKEN_OVER = 0x8E
+    TOPIC_FILTER_INVALID = 0x8F
+    TOPIC_NAME_INVALID = 0x90
+    PACKET_IDENTIFIER_IN_USE = 0x91
+    PACKET_IDENTIFIER_NOT_FOUND = 0x92
+    RECEIVE_MAXIMUM_EXCEEDED = 0x93
+    TOPIC_ALIAS_INVALID = 0x94
+    PACKET_TOO_LARGE = 0x95
+    MESSAGE_RATE_TOO_HIGH = 0x96
+    QUOTA_EXCEEDED = 0x97
+    ADMINISTRATIVE_ACTION = 0x98
+    PAYLOAD_FORMAT_INVALID = 0x99
+    RETAIN_NOT_SUPPORTED = 0x9A
+    QOS_NOT_SUPPORTED = 0x9B
+    USE_ANOTHER_SERVER = 0x9C
+    SERVER_MOVED = 0x9D
+    SHARED_SUBSCRIPTIONS_NOT_SUPPORTED = 0x9E
+    CONNECTION_RATE_EXCEEDED = 0x9F
+    MAXIMUM_CONNECT_TIME = 0xA0
+    SUBSCRIPTION_IDENTIFIERS_NOT_SUPPORTED = 0xA1
+    WILDCARD_SUBSCRIPTIONS_NOT_SUPPORTED = 0xA2
+
+
+def words(code: int) -> str:
+    """The code as a person reads it: "not authorized (0x87)"."""
+    try:
+        return f"{R(code).name.lower().replace('_', ' ')} (0x{code:02X})"
+    except ValueError:
+        return f"unknown reason 0x{code:02X}"
+
+
+FROM_CONNACK_V3 = {
+    0: R.SUCCESS,
+    1: R.UNSUPPORTED_PROTOCOL_VERSION,
+    2: R.CLIENT_IDENTIFIER_NOT_VALID,
+    3: R.SERVER_UNAVAILABLE,
+    4: R.BAD_USER_NAME_OR_PASSWORD,
+    5: R.NOT_AUTHORIZED,
+}
+TO_CONNACK_V3 = {
+    R.SUCCESS: 0,
+    R.UNSUPPORTED_PROTOCOL_VERSION: 1,
+    R.CLIENT_IDENTIFIER_NOT_VALID: 2,
+    R.BAD_USER_NAME_OR_PASSWORD: 4,
+    R.NOT_AUTHORIZED: 5,
+    R.BANNED: 5,
+    R.BAD_AUTHENTICATION_METHOD: 5,
+}
+"""Any other refusal is 3, server unavailable (MQTT 3.1.1 section 3.2.2.3)."""

@@ -1,0 +1,421 @@
+"""Every contract a plugin may implement, and the small types those contracts speak.
+
+Owns: the seams. Rule: a component is a frozen attrs class whose fields are its TOML table (a
+*recipe*); opening the recipe gives the live object; to reconnect, open the same recipe again.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, ClassVar, Literal, NewType, Protocol, runtime_checkable
+from urllib.parse import unquote, urlsplit
+
+import attrs
+
+from .message import Batch, Delivery, Record
+
+Duration = NewType("Duration", float)
+"""Seconds. In TOML a string with a unit: "200ms", "10s", "5m", "2h", "7d"."""
+Size = NewType("Size", int)
+"""Bytes. In TOML a string with a unit: "64KiB", "10MB"."""
+
+
+class Secret(str):
+    """A string that does not print itself. `str.__str__(secret)` and `reveal()` give the text."""
+
+    def reveal(self) -> str:
+        return str.__str__(self)
+
+    def __repr__(self) -> str:
+        return "'***'"
+
+    def __str__(self) -> str:
+        return "***"
+
+    def __format__(self, spec: str) -> str:
+        return "***"
+
+
+@attrs.frozen
+class Url:
+    """Where an endpoint is. `port` 0 in a recipe means the scheme's default port.
+
+    In TOML: a string, for example "mqtts://broker.example:8883" or "unix:///run/mqtt.sock".
+    """
+
+    scheme: str
+    host: str
+    port: int = 0
+    path: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Url:
+        """Raises ValueError, saying what is wrong with the text."""
+        try:
+            parts = urlsplit(text)
+            port = parts.port or 0
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not a URL: {error}") from error
+        if not parts.scheme or "://" not in text:
+            raise ValueError(f"{text!r} has no scheme: write scheme://host:port")
+        if parts.username or parts.password:
+            raise ValueError("a URL must not hold credentials: use the connection's `auth` table")
+        if not parts.hostname and not parts.path:
+            raise ValueError(f"{text!r} names no host")
+        path = parts.path + (f"?{parts.query}" if parts.query else "")
+        return cls(parts.scheme.lower(), unquote(parts.hostname or ""), port, path)
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}" + (f":{self.port}" if self.port else "") + self.path
+
+
+@attrs.frozen
+class ClientCertificate:
+    """A client identity as an auth hands it to a transport: paths of PEM files."""
+
+    certificate: str
+    key: str
+    passphrase: Secret | None = None
+
+
+# --- transports ---------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Peer:
+    """Who is at the other end of a connection."""
+
+    address: str
+    """"host:port", or a path."""
+    transport: str
+    """Implementation name, for example "tcp_tls"."""
+    secure: bool = False
+    alpn: str | None = None
+    certificate: bytes | None = None
+    """The peer's verified certificate, DER, where there is one."""
+
+
+@attrs.frozen
+class CloseReason:
+    """Why a connection ended. Code 0 with an empty text is an orderly end."""
+
+    code: int = 0
+    text: str = ""
+    by_peer: bool = False
+
+
+class State(enum.Enum):
+    """States of a transport connection."""
+
+    OPEN = "open"
+    CLOSING = "closing"
+    CLOSED = "closed"
+
+
+@attrs.frozen
+class ConnectionStatus:
+    """A snapshot. Times are the event loop's clock in seconds; None is "this transport does not know"."""
+
+    state: State
+    last_received: float
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    rtt: float | None = None
+    lost: int | None = None
+    migrations: int = 0
+    close_reason: CloseReason | None = None
+
+
+@runtime_checkable
+class ByteStream(Protocol):
+    """A reliable, ordered pair of byte flows. One task may receive while another sends."""
+
+    async def receive(self, max_bytes: int = 65536, /) -> bytes:
+        """At least one byte, at most `max_bytes`; b"" is the end of the stream, for good.
+
+        Cancel-safe: a cancelled call loses no bytes. While nobody receives, the peer is held
+        back by the transport's own flow control. Raises Disconnected when the stream broke.
+        """
+        ...
+
+    async def send(self, data: bytes, /) -> None:
+        """Takes all of `data`; returns when there is room for more (not when it arrived).
+
+        After a cancelled call the stream is only good for `abort`. Raises Disconnected.
+        """
+        ...
+
+    async def send_eof(self) -> None:
+        """No more will be sent; receiving goes on. Raises Unsupported (TLS over TCP cannot)."""
+        ...
+
+    async def aclose(self) -> None:
+        """Flush, end both directions, release. Idempotent, never raises Disconnected."""
+        ...
+
+    def abort(self, code: int = 0) -> None:
+        """End at once, without flushing. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Connection(Protocol):
+    """A secured transport connection with one stream, or many when `multistream`."""
+
+    @property
+    def peer(self) -> Peer: ...
+    @property
+    def multistream(self) -> bool: ...
+    @property
+    def early_sent(self) -> bool:
+        """Whether the `early` bytes given to `connect` went out (they are then not sent again)."""
+        ...
+
+    async def open_stream(self, *, priority: int = 0) -> ByteStream:
+        """The first call gives the control stream. Raises Unsupported for a second stream where
+        `multistream` is false, Disconnected."""
+        ...
+
+    async def accept_stream(self) -> ByteStream:
+        """The next stream the peer opened. Raises Disconnected when there will be none."""
+        ...
+
+    def status(self) -> ConnectionStatus: ...
+    def set_keepalive(self, seconds: float) -> None:
+        """The application's keepalive, for transports with an idle timer of their own; 0 is none."""
+        ...
+
+    async def probe(self) -> None:
+        """Returns when the path proved alive. Raises Disconnected, Unsupported."""
+        ...
+
+    async def migrate(self) -> None:
+        """Move to another local address. Raises Unsupported."""
+        ...
+
+    async def wait_closed(self) -> CloseReason: ...
+    async def aclose(self, code: int = 0, reason: str = "") -> None:
+        """Flush what was sent, close, release. Idempotent."""
+        ...
+
+    def abort(self, code: int = 0) -> None:
+        """Close at once. Idempotent."""
+        ...
+
+
+@runtime_checkable
+class Transport(Protocol):
+    """A recipe; its first field is `url: Url`. A `tls` field receives the connection's TLS table."""
+
+    schemes: ClassVar[Mapping[str, int]]
+    """Scheme to default port: {"quic": 14567}."""
+    rank: ClassVar[int]
+    """Among implementations of one scheme, the higher is tried first."""
+    races: ClassVar[bool]
+    """False: cannot prove a handshake before CONNECT, so it is tried alone."""
+
+    async def connect(
+        self, *, identity: ClientCertificate | None = None, early: bytes = b""
+    ) -> Connection:
+        """Returns a connection that is secured. Raises ConnectFailed, saying what to do next.
+
+        `early` holds replay-safe bytes for the first stream, sent in 0-RTT where possible.
+        """
+        ...
+
+
+Handler = Callable[[Connection], Awaitable[None]]
+"""Serves one connection; the listener closes it when the handler returns or raises."""
+
+
+@runtime_checkable
+class Listener(Protocol):
+    """Optional server half of a transport's class."""
+
+    def listen(self, handler: Handler, /) -> AbstractAsyncContextManager[str]:
+        """While open, calls `handler` for each connection. Gives the bound URL (port 0 resolved).
+
+        Leaving it stops accepting, then cancels the handlers that are still running.
+        """
+        ...
+
+
+class Dialer(Protocol):
+    """How a client gets connections: the transport is chosen behind this seam."""
+
+    async def connect(
+        self, *, identity: ClientCertificate | None = None, early: bytes = b""
+    ) -> Connection:
+        """Raises ConnectFailed with the reason of every endpoint tried."""
+        ...
+
+
+# --- auth ---------------------------------------------------------------------------------
+
+
+@attrs.frozen
+class Credentials:
+    """What CONNECT carries. `origin` says where they were set, for error messages only."""
+
+    username: str | None = None
+    password: bytes | None = attrs.field(default=None, repr=lambda value: "***")
+    method: str | None = None
+    """MQTT 5 enhanced authentication method."""
+    data: bytes | None = attrs.field(default=None, repr=lambda value: "***")
+    origin: str = ""
+
+
+class Login(Protocol):
+    """One attempt to log in."""
+
+    @property
+    def credentials(self) -> Credentials: ...
+    async def respond(self, data: bytes, /) -> bytes:
+        """Answer an AUTH challenge (MQTT 5 section 4.12). Raises ConnectorError to give up."""
+        ...
+
+    async def finish(self, data: bytes, /) -> None:
+        """The server's last word, with CONNACK. Raises ConnectorError to reject the server."""
+        ...
+
+
+@runtime_checkable
+class Auth(Protocol):
+    """A recipe for logging in; asked again at every (re)connect, so that secrets may rotate."""
+
+    async def begin(self) -> Login: ...
+    async def identity(self) -> ClientCertificate | None:
+        """The certificate for the transport's handshake, for mTLS."""
+        ...
+
+
+class Principal(Protocol):
+    """Who a client turned out to be, and what it may do. Asked once per topic, then cached."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def organisation(self) -> str | None: ...
+    @property
+    def valid_until(self) -> float | None:
+        """Seconds since the epoch; the server disconnects the client then. None is for ever."""
+        ...
+
+    def may_publish(self, topic: str, /) -> bool: ...
+    def may_subscribe(self, topic_filter: str, /) -> bool: ...
+
+
+class Challenge(Protocol):
+    """An enhanced authentication in progress."""
+
+    data: bytes
+
+    async def respond(self, data: bytes, /) -> Challenge | Principal: ...
+
+
+@runtime_checkable
+class Authenticator(Protocol):
+    """Server side of an auth. Raises Refused."""
+
+    async def begin(self, peer: Peer, credentials: Credentials, /) -> Challenge | Principal: ...
+
+
+# --- data ---------------------------------------------------------------------------------
+
+
+@runtime_checkable
+class Serializer(Protocol):
+    """Sync, pure, whole batches. An element that fails becomes `Undecodable` in its place."""
+
+    def decode(self, payloads: Sequence[bytes], /) -> list[Any]: ...
+    def encode(self, values: Sequence[Any], /) -> list[bytes]:
+        """Raises PayloadError, naming the value."""
+        ...
+
+
+@runtime_checkable
+class RawSerializer(Serializer, Protocol):
+    """A serializer that can check a payload without building its value."""
+
+    def decode_raw(self, payloads: Sequence[bytes], /) -> list[Any]:
+        """As `decode`, but a good element is a `msgspec.Raw` with one JSON document."""
+        ...
+
+
+class Reader(Protocol):
+    async def read(self) -> Delivery:
+        """The next batch, as soon as there is anything. Cancel-safe.
+
+        Raises EndOfInput when there will be no more, Disconnected to be opened again.
+        """
+        ...
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A recipe for reading messages."""
+
+    def open(self) -> AbstractAsyncContextManager[Reader]: ...
+
+
+class Writer(Protocol):
+    async def write(self, batch: Any, /) -> None:
+        """Returning means delivered: it survives a kill of this process.
+
+        Takes a `Batch` where the sink reads messages, else a `Sequence[Record]`. Raises
+        PartialDelivery for elements that failed; any other error means that none is sure.
+        After an error the writer is closed and the sink is opened again.
+        """
+        ...
+
+
+@runtime_checkable
+class Sink(Protocol):
+    """A recipe for writing."""
+
+    reads: ClassVar[Literal["messages", "records", "raw_records"]]
+    """"messages": bytes as they came (a bridge, a raw log). "records": decoded values (a
+    database). "raw_records": decoded values, which may be `msgspec.Raw` when nobody else needs
+    them decoded (a sink that only copies JSON)."""
+
+    def open(self) -> AbstractAsyncContextManager[Writer]: ...
+
+
+Process = Callable[[list[Record]], Any]
+"""A process step: takes a batch of records and returns the records to go on with (an iterable,
+or an awaitable of one; None is "none"). It may drop, change and multiply."""
+
+__all__ = [
+    "Auth",
+    "Authenticator",
+    "Batch",
+    "ByteStream",
+    "Challenge",
+    "ClientCertificate",
+    "CloseReason",
+    "Connection",
+    "ConnectionStatus",
+    "Credentials",
+    "Dialer",
+    "Duration",
+    "Handler",
+    "Listener",
+    "Login",
+    "Peer",
+    "Principal",
+    "Process",
+    "RawSerializer",
+    "Reader",
+    "Secret",
+    "Serializer",
+    "Sink",
+    "Size",
+    "Source",
+    "State",
+    "Transport",
+    "Url",
+    "Writer",
+]

@@ -1,0 +1,193 @@
+"""The broker as an embedder and `tesaiot-connect serve` run it.
+
+Owns: listeners, connections, the housekeeping task, and an orderly start and stop. Rule: when
+`serving` ends, everything acknowledged is in the state file and every client was told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import attrs
+
+from ..errors import ConnectorError
+from ..message import Message
+from ..protocols import Connection
+from .connection import ClientConnection
+from .hub import Hub
+from .options import BrokerOptions, ListenerSpec
+from .store import Store
+
+log = logging.getLogger(__name__)
+
+_SWEEP = 60.0
+"""Seconds between searches for expired retained and queued messages."""
+
+
+@attrs.frozen(kw_only=True)
+class BrokerStats:
+    """A snapshot. Counts are since the start, everything else is the present."""
+
+    connections: int
+    """Transport connections, those that have not said CONNECT included."""
+    clients: int
+    """Connected clients."""
+    sessions: int
+    """Connected or not."""
+    subscriptions: int
+    retained: int
+    retained_bytes: int
+    queued: int
+    """Messages that wait in queues; those in flight are not among them."""
+    queued_bytes: int
+    """Memory of the queued and the in-flight QoS 1 and 2 messages."""
+    received: int
+    """Count of messages from clients, wills and embedders."""
+    sent: int
+    """Count of messages to clients."""
+    dropped: Mapping[str, int]
+    """Count of messages that somebody should have got, by reason: queue_full, send_buffer_full
+    (QoS 0), client_gone (QoS 0), expired, retained_full, not_authorized, refused_by_client."""
+    refused_connections: int
+    """Count of those beyond `max_connections`."""
+    commits: int
+    """Count of the state file's."""
+    state_file_error: str | None
+    """What keeps the state file from being written now; acknowledgements wait for it."""
+
+
+class Broker:
+    """An MQTT 5 and 3.1.1 broker.
+
+    Serve it once at a time; a state file carries its state to the next time.
+    """
+
+    def __init__(
+        self, options: BrokerOptions | None = None, *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self.options = options or BrokerOptions()
+        self._clock = clock
+        self._hub: Hub | None = None
+        self._connections: set[ClientConnection] = set()
+        self._stopping = False
+        self._refused = 0
+
+    @asynccontextmanager
+    async def serving(self, listeners: Sequence[ListenerSpec]) -> AsyncIterator[list[str]]:
+        """While open, serve clients on these listeners; gives their bound URLs, in order.
+
+        Leaving it tells all clients (DISCONNECT 0x8B), saves and stops. Raises ConnectorError
+        if the state file cannot be opened, or a listener not be bound.
+        """
+        if self._hub is not None:
+            raise ConnectorError("this broker is serving already", fix="make another Broker")
+        wake = asyncio.Event()
+        store, rows = None, None
+        if self.options.state_file:
+            store, rows = await Store.open(self.options.state_file, self.options.synchronous)
+        async with AsyncExitStack() as stack:
+            if store is not None:
+                stack.push_async_callback(store.aclose)
+            self._hub = hub = Hub(self.options, store, rows, clock=self._clock, wake=wake.set)
+            stack.callback(self._forget)
+            hub.tick()
+            housekeeping = asyncio.create_task(self._housekeeping(hub, wake))
+            stack.push_async_callback(_cancel, housekeeping)
+            addresses = [
+                await stack.enter_async_context(spec.transport.listen(self._handler(hub, spec)))
+                for spec in listeners
+            ]
+            for spec, address in zip(listeners, addresses, strict=True):
+                log.info("listener %s on %s", spec.name, address)
+            try:
+                yield addresses
+            finally:
+                await self._goodbye()
+
+    async def publish(self, messages: Sequence[Message]) -> None:
+        """Publish as the broker itself; returns when it is as safe as an acknowledged message."""
+        hub = self._serving()
+        if hub.route(messages) and hub.store is not None:
+            await hub.store.commit()
+
+    @property
+    def stats(self) -> BrokerStats:
+        hub = self._serving()
+        usage, store = hub.usage, hub.store
+        return BrokerStats(
+            connections=len(self._connections),
+            clients=sum(session.link is not None for session in hub.sessions),
+            sessions=len(hub.sessions),
+            subscriptions=len(hub.router),
+            retained=len(hub.retained),
+            retained_bytes=hub.retained.bytes,
+            queued=usage.queued,
+            queued_bytes=usage.bytes,
+            received=hub.received,
+            sent=usage.sent,
+            dropped=dict(usage.dropped),
+            refused_connections=self._refused,
+            commits=store.commits if store is not None else 0,
+            state_file_error=store.error if store is not None else None,
+        )
+
+    def _serving(self) -> Hub:
+        if self._hub is None:
+            raise ConnectorError(
+                "the broker is not serving", fix="use it inside `async with broker.serving(...)`"
+            )
+        return self._hub
+
+    def _forget(self) -> None:
+        self._hub = None
+        self._stopping = False
+
+    def _handler(self, hub: Hub, spec: ListenerSpec) -> Callable[[Connection], Awaitable[None]]:
+        async def serve(connection: Connection) -> None:
+            if self._stopping or len(self._connections) >= self.options.max_connections:
+                self._refused += 1
+                connection.abort()
+                return
+            client = ClientConnection(connection, hub, spec.authenticator)
+            self._connections.add(client)
+            try:
+                await client.serve()
+            finally:
+                self._connections.discard(client)
+
+        return serve
+
+    async def _goodbye(self) -> None:
+        """Tell every client that we go, and wait until they are told, for a while."""
+        self._stopping = True
+        for client in list(self._connections):
+            client.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.options.drain_timeout):
+                for client in list(self._connections):
+                    await client.over.wait()
+
+    async def _housekeeping(self, hub: Hub, wake: asyncio.Event) -> None:
+        swept = self._clock()
+        while True:
+            due = hub.next_due()
+            delay = _SWEEP if due is None else min(_SWEEP, max(0.0, due - self._clock()))
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(delay):
+                    await wake.wait()
+            wake.clear()
+            hub.tick()
+            if self._clock() - swept >= _SWEEP:
+                swept = self._clock()
+                hub.sweep()
+
+
+async def _cancel(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -1,0 +1,490 @@
+"""One client's connection: its engine, its streams and its tasks.
+
+Owns: reading, writing and authentication of one transport connection. Rules: a client whose
+messages are not safe yet, or who does not take what it is sent, is not read; what waits to be
+written is bounded.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from ..errors import Disconnected, Refused
+from ..message import Message
+from ..mqtt.events import (
+    Acknowledged,
+    AuthChallenge,
+    Close,
+    Closed,
+    ConnectRequest,
+    Event,
+    Received,
+    Reset,
+    Send,
+    StreamLost,
+    SubscribeRequest,
+    UnsubscribeRequest,
+)
+from ..mqtt.packets import Connect
+from ..mqtt.properties import P
+from ..mqtt.reasons import R, words
+from ..mqtt.server import ServerEngine
+from ..protocols import Authenticator, ByteStream, Challenge, Connection, Credentials, Peer, Principal
+from .access import Anybody
+from .hub import Hub
+from .sessions import ClientSession, Outbox
+
+log = logging.getLogger(__name__)
+
+_CHUNK = 65536
+_GOODBYE = 2.0
+"""Seconds the last bytes may take before the connection is cut."""
+_REMEMBER = 10_000
+"""Topics whose permission is remembered per connection."""
+
+
+class _Outlet:
+    """One stream's way out: what waits to be written, and whether it is a lot."""
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.stream = stream
+        self.chunks: list[bytes] = []
+        self.size = 0
+        self.fin = False
+        self.work = asyncio.Event()
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def add(self, data: bytes, fin: bool) -> None:
+        if data:
+            self.chunks.append(data)
+            self.size += len(data)
+        self.fin = self.fin or fin
+        self.work.set()
+        self.idle.clear()
+
+
+class ClientConnection:
+    """Serves one connection until it ends: a `sessions.Link`."""
+
+    def __init__(self, connection: Connection, hub: Hub, authenticator: Authenticator) -> None:
+        self._connection = connection
+        self._hub = hub
+        self._authenticator = authenticator
+        self._loop = asyncio.get_running_loop()
+        self._engine = ServerEngine(hub.options.limits(), now=self._loop.time())
+        self._outlets: dict[int, _Outlet] = {}
+        self._closed = asyncio.Event()
+        self.over = asyncio.Event()
+        """Set when `serve` is done."""
+        self._room = asyncio.Event()
+        self._unsettled = 0
+        self._paused = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._leave: asyncio.TimerHandle | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._connect: Connect | None = None
+        self._challenge: Challenge | None = None
+        self._principal: Principal | None = None
+        self._allowed: dict[str, bool] = {}
+        self.session: ClientSession | None = None
+
+    @property
+    def peer(self) -> Peer:
+        return self._connection.peer
+
+    # --- what the hub asks for ------------------------------------------------------------
+
+    def publish(self, stream: int, messages: Sequence[Message], keys: Sequence[int], /) -> int:
+        outlet = self._outlets.get(stream)
+        if outlet is None or outlet.size >= self._hub.options.send_buffer:
+            return 0
+        taken = self._engine.publish(messages, keys, stream=stream)
+        if taken:
+            self._flush()
+        return taken
+
+    def settle(self, token: int, reasons: Sequence[int] | None, /) -> None:
+        self._engine.settle(token, reasons)
+        self._flush()
+
+    def disconnect(self, reason_code: int, text: str = "", /) -> None:
+        self._engine.disconnect(reason_code, text=text)
+        self._flush()
+        self._closed.set()
+
+    def stop(self) -> None:
+        """The broker goes: say so."""
+        self._lose(R.SERVER_SHUTTING_DOWN, "the broker is stopping")
+
+    # --- its life -------------------------------------------------------------------------
+
+    async def serve(self) -> None:
+        """Returns when the connection is over and its last bytes are out."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                main = tasks.create_task(self._run(tasks))
+                await self._closed.wait()
+                await self._say_goodbye()
+                main.cancel()
+                raise _Over
+        except* _Over:
+            pass
+        except* Disconnected as errors:
+            log.debug("connection from %s ended: %s", self.peer.address, errors.exceptions[0])
+        finally:
+            for timer in (self._timer, self._leave):
+                if timer is not None:
+                    timer.cancel()
+            self._outlets.clear()
+            self._gone(None)
+            self.over.set()
+
+    async def _run(self, tasks: asyncio.TaskGroup) -> None:
+        self._arm()
+        control = await self._connection.accept_stream()
+        self._open(0, control, tasks)
+        if not self._connection.multistream:
+            return
+        stream_id = 0
+        while True:
+            stream = await self._connection.accept_stream()
+            stream_id += 1
+            self._engine.stream_opened(stream_id, now=self._loop.time())
+            self._open(stream_id, stream, tasks)
+            self._flush()
+
+    def _open(self, stream_id: int, stream: ByteStream, tasks: asyncio.TaskGroup) -> None:
+        outlet = self._outlets[stream_id] = _Outlet(stream)
+        tasks.create_task(self._read(stream_id, stream))
+        tasks.create_task(self._write(stream_id, outlet))
+
+    async def _read(self, stream_id: int, stream: ByteStream) -> None:
+        engine, loop = self._engine, self._loop
+        while not self._closed.is_set() and stream_id in self._outlets:
+            if self._must_wait():
+                await self._until_room()
+            try:
+                data = await stream.receive(_CHUNK)
+            except Disconnected:
+                await self._handle(engine.stream_reset(stream_id, now=loop.time()))
+                return
+            if not data:
+                await self._handle(engine.stream_eof(stream_id, now=loop.time()))
+                return
+            await self._handle(engine.receive_data(data, stream=stream_id, now=loop.time()))
+
+    async def _write(self, stream_id: int, outlet: _Outlet) -> None:
+        stream = outlet.stream
+        try:
+            while True:
+                await outlet.work.wait()
+                outlet.work.clear()
+                while outlet.chunks:
+                    data = b"".join(outlet.chunks)
+                    outlet.chunks.clear()
+                    await stream.send(data)
+                    outlet.size -= len(data)
+                    self._pump(stream_id)
+                    self._room.set()
+                if outlet.fin:
+                    self._outlets.pop(stream_id, None)
+                    await stream.aclose()
+                    return
+                outlet.idle.set()
+        except Disconnected:
+            await self._handle(self._engine.stream_reset(stream_id, now=self._loop.time()))
+        finally:
+            outlet.idle.set()
+            self._room.set()
+
+    async def _until_room(self) -> None:
+        """Hold the client back while its messages are not safe, or it does not read our answers."""
+        self._paused += 1
+        try:
+            while self._must_wait() and not self._closed.is_set():
+                self._room.clear()
+                await self._room.wait()
+        finally:
+            self._paused -= 1
+        # silence that we imposed does not count against the keepalive
+        await self._handle(self._engine.receive_data(b"", now=self._loop.time()))
+
+    def _must_wait(self) -> bool:
+        options = self._hub.options
+        return self._unsettled >= options.receive_maximum or any(
+            outlet.size > 2 * options.send_buffer for outlet in self._outlets.values()
+        )
+
+    async def _say_goodbye(self) -> None:
+        """Let the last bytes go out, for a while."""
+        try:
+            async with asyncio.timeout(_GOODBYE):
+                for outlet in list(self._outlets.values()):
+                    await outlet.idle.wait()
+                await self._connection.aclose()
+        except (TimeoutError, Disconnected):
+            self._connection.abort()
+
+    def _flush(self) -> None:
+        for output in self._engine.outputs():
+            if type(output) is Send:
+                outlet = self._outlets.get(output.stream)
+                if outlet is not None:
+                    outlet.add(output.data, output.fin)
+            elif type(output) is Reset:
+                outlet = self._outlets.pop(output.stream, None)
+                if outlet is not None:
+                    outlet.stream.abort(output.code)
+            elif type(output) is Close:
+                self._closed.set()
+
+    def _arm(self) -> None:
+        """Keep one timer for the engine; it may come early, never late."""
+        due = self._engine.next_timeout()
+        if due is not None and (self._timer is None or due < self._timer.when() - 0.001):
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._on_time)
+
+    def _on_time(self) -> None:
+        self._timer = None
+        now = self._loop.time()
+        events = self._engine.receive_data(b"", now=now) if self._paused else []
+        for event in events + self._engine.handle_timeout(now):
+            if isinstance(event, Closed):
+                self._gone(event)
+            elif isinstance(event, Acknowledged):
+                self._acknowledged(event)
+        self._flush()
+        self._arm()
+
+    # --- events ---------------------------------------------------------------------------
+
+    async def _handle(self, events: list[Event]) -> None:
+        for event in events:
+            kind = type(event)
+            if kind is Received:
+                self._received(event)  # type: ignore[arg-type]
+            elif kind is Acknowledged:
+                self._acknowledged(event)  # type: ignore[arg-type]
+            else:
+                self._flush()
+                await self._control(event)
+        self._flush()
+        self._arm()
+
+    async def _control(self, event: Event) -> None:
+        if isinstance(event, ConnectRequest):
+            self._connect = event.connect
+            asked = event.connect
+            credentials = Credentials(
+                asked.username,
+                asked.password,
+                asked.properties.get(P.AUTH_METHOD),
+                asked.properties.get(P.AUTH_DATA),
+            )
+            await self._authenticate(credentials, None)
+        elif isinstance(event, AuthChallenge):
+            await self._authenticate(Credentials(method=event.method, data=event.data), self._challenge)
+        elif isinstance(event, SubscribeRequest):
+            await self._subscribe(event)
+        elif isinstance(event, UnsubscribeRequest):
+            outbox = self._outbox(event.stream)
+            if outbox is not None:
+                codes = self._hub.unsubscribe(outbox, event.packet)
+                await self._on_disk(outbox)
+                self._engine.unsuback(event, codes)
+        elif isinstance(event, StreamLost):
+            if self.session is not None and self.session.link is self:
+                self._hub.stream_lost(self.session, event.stream)
+        elif isinstance(event, Closed):
+            self._gone(event)
+
+    async def _authenticate(self, credentials: Credentials, challenge: Challenge | None) -> None:
+        again = self.session is not None
+        try:
+            if challenge is None:
+                answer = await self._authenticator.begin(self.peer, credentials)
+            else:
+                answer = await challenge.respond(credentials.data or b"")
+        except Refused as error:
+            log.info("client at %s was refused: %s", self.peer.address, error.what)
+            if again:
+                self._lose(error.reason_code, error.what)
+            else:
+                self._engine.refuse(error.reason_code, text=error.what)
+                self._flush()
+            return
+        if hasattr(answer, "respond"):
+            self._challenge = cast("Challenge", answer)
+            self._engine.challenge(credentials.method or "", self._challenge.data)
+            return
+        self._challenge = None
+        self._set_principal(answer)
+        if again:
+            self._engine.challenge(credentials.method or "", b"", final=True)
+        else:
+            await self._accept(answer)
+
+    def _set_principal(self, principal: Principal) -> None:
+        self._principal = principal
+        self._allowed.clear()
+        if self._leave is not None:
+            self._leave.cancel()
+            self._leave = None
+        if principal.valid_until is not None:
+            self._leave = self._loop.call_later(
+                max(0.0, principal.valid_until - time.time()),
+                lambda: self._lose(R.NOT_AUTHORIZED, "the credentials are not valid any more"),
+            )
+
+    async def _accept(self, principal: Principal) -> None:
+        connect = self._connect
+        assert connect is not None
+        try:
+            session, present, properties = self._hub.connect(self, connect, principal)
+        except Refused as error:
+            log.info("client %r at %s was refused: %s", connect.client_id, self.peer.address, error.what)
+            self._engine.refuse(error.reason_code, text=error.what)
+            return
+        self.session = session
+        if connect.properties.get(P.AUTH_METHOD):
+            properties[P.AUTH_METHOD] = connect.properties[P.AUTH_METHOD]
+        await self._hub.sessions.forget_state(session)
+        if session.link is not self:
+            return
+        log.info(
+            "client %s connected from %s over %s",
+            session.client_id, self.peer.address, self.peer.transport,
+        )  # fmt: skip
+        self._engine.accept(
+            session.state, now=self._loop.time(), session_present=present, properties=properties
+        )
+        self._connection.set_keepalive(self._engine.keepalive)
+        self._flush()
+        session.outbox.pump(self._hub.clock())
+        await self._handle(self._engine.take_events())
+
+    def _received(self, event: Received) -> None:
+        session, principal = self.session, self._principal
+        if session is None or principal is None:
+            return
+        stream, messages, ids, token = event
+        options = self._hub.options
+        reasons: list[int] | None = None
+        if type(principal) is not Anybody or options.deny_publish:
+            messages, reasons = self._permitted(messages, principal)
+        wait = self._hub.route(messages, session)
+        if not token:
+            return
+        if not wait or self._hub.store is None:
+            self._settle(stream, token, reasons)
+            return
+        count = len(ids) - ids.count(0)
+        self._unsettled += count
+
+        def committed() -> None:
+            self._unsettled -= count
+            self._settle(stream, token, reasons)
+            self._room.set()
+
+        self._hub.store.when_committed(committed)
+
+    def _permitted(
+        self, messages: list[Message], principal: Principal
+    ) -> tuple[list[Message], list[int] | None]:
+        allowed = self._allowed
+        for message in messages:
+            if message.topic not in allowed:
+                if len(allowed) >= _REMEMBER:
+                    allowed.clear()
+                    return self._one_by_one(messages, principal)
+                allowed[message.topic] = self._hub.may_publish(principal, message.topic)
+        if all(allowed[message.topic] for message in messages):
+            return messages, None
+        kept = [message for message in messages if allowed[message.topic]]
+        self._hub.usage.dropped["not_authorized"] += len(messages) - len(kept)
+        return kept, [0 if allowed[message.topic] else R.NOT_AUTHORIZED for message in messages]
+
+    def _one_by_one(
+        self, messages: list[Message], principal: Principal
+    ) -> tuple[list[Message], list[int] | None]:
+        """As `_permitted`, for a batch that has more topics than are remembered."""
+        verdicts = [self._hub.may_publish(principal, message.topic) for message in messages]
+        kept = [message for message, good in zip(messages, verdicts, strict=True) if good]
+        self._hub.usage.dropped["not_authorized"] += len(messages) - len(kept)
+        return kept, [0 if good else R.NOT_AUTHORIZED for good in verdicts]
+
+    def _settle(self, stream: int, token: int, reasons: list[int] | None) -> None:
+        assert self.session is not None
+        if stream == 0:
+            self.session.settle(token, reasons)
+        else:
+            self.settle(token, reasons)
+
+    def _acknowledged(self, event: Acknowledged) -> None:
+        outbox = self._outbox(event.stream)
+        if outbox is not None:
+            outbox.acknowledged(event.keys, event.refused)
+            if outbox.queue:
+                outbox.pump(self._hub.clock())
+
+    async def _subscribe(self, event: SubscribeRequest) -> None:
+        outbox, principal = self._outbox(event.stream, create=True), self._principal
+        if outbox is None or principal is None:
+            return
+        codes, wanting = self._hub.subscribe(outbox, principal, event.packet)
+        await self._on_disk(outbox)
+        self._engine.suback(event, codes)
+        self._flush()
+        if self._outbox(event.stream) is outbox:
+            self._hub.send_retained(outbox, wanting)
+
+    async def _on_disk(self, outbox: Outbox) -> None:
+        """A change of a durable session's subscriptions is promised only once it is on disk."""
+        if self._hub.store is not None and outbox.session.durable and outbox.stream == 0:
+            await self._hub.store.commit()
+
+    def _outbox(self, stream: int, *, create: bool = False) -> Outbox | None:
+        session = self.session
+        if session is None or session.link is not self:
+            return None
+        if create and stream not in session.outboxes:
+            session.outboxes[stream] = Outbox(session, stream, self._hub.usage)
+        return session.outboxes.get(stream)
+
+    def _pump(self, stream: int) -> None:
+        outbox = self._outbox(stream)
+        if outbox is not None and outbox.queue:
+            outbox.pump(self._hub.clock())
+
+    def _lose(self, reason_code: int, text: str) -> None:
+        """End the connection from our side; the will is published."""
+        self._gone(None)
+        self.disconnect(reason_code, text)
+
+    def _gone(self, event: Closed | None) -> None:
+        """Tell the hub, once, that the client is away."""
+        session = self.session
+        if session is not None and session.link is self:
+            reason = "" if event is None else event.text or words(event.reason_code or 0)
+            log.info("client %s disconnected: %s", session.client_id, reason or "connection lost")
+            properties: Mapping[P, Any] = event.properties if event is not None and event.by_peer else {}
+            self._hub.disconnected(
+                session,
+                self,
+                orderly=event is not None and event.orderly,
+                expiry=properties.get(P.SESSION_EXPIRY),
+            )
+        if event is not None:
+            self._closed.set()
+
+
+class _Over(Exception):
+    """Ends the task group."""

@@ -1,0 +1,119 @@
+"""Real servers for tests: found, started on loopback, stopped by their process id.
+
+On Linux `make test` installs them and sets TESAIOT_REQUIRE_SERVERS, so a missing one is a failure there;
+elsewhere the test skips and says what to install.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+
+_MORE_PATHS = ("/usr/sbin", "/usr/local/sbin", "/opt/homebrew/sbin", "/opt/homebrew/bin")
+
+
+def program(name: str, package: str) -> str:
+    """Where it is; skips, or fails where the servers are required."""
+    found = shutil.which(name, path=os.pathsep.join((os.environ.get("PATH", ""), *_MORE_PATHS)))
+    if found:
+        return found
+    reason = f"{name} is not installed (package {package})"
+    if os.environ.get("TESAIOT_REQUIRE_SERVERS") == "1":
+        pytest.fail(f"{reason}: run `make servers`")
+    pytest.skip(reason)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        assert isinstance(port, int)
+        return port
+
+
+def until_listening(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 20.0) -> None:
+    """Returns once the port takes connections; raises with the log when the process ended instead."""
+    deadline = time.monotonic() + seconds
+    while True:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        if process.poll() is not None or time.monotonic() > deadline:
+            text = log.read_text(errors="replace") if log.exists() else ""
+            raise AssertionError(f"nothing listens on port {port} (exit {process.poll()}): {text}")
+        time.sleep(0.01)
+
+
+def stop(process: subprocess.Popen[bytes], seconds: float = 15.0) -> int:
+    """SIGTERM, and SIGKILL if that is not enough; the exit code."""
+    process.terminate()
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise AssertionError(f"{process.args!r} did not end within {seconds:.0f} s of SIGTERM") from None
+
+
+class Mosquitto:
+    """A mosquitto of one's own. `start` and `stop` may alternate; the port and the files stay.
+
+    `lines` are lines of mosquitto.conf for its one listener.
+    """
+
+    def __init__(self, folder: Path, *lines: str, persistence: bool = False) -> None:
+        self._tool = program("mosquitto", "mosquitto")
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.port = free_port()
+        self.log = folder / "mosquitto.log"
+        self._config = folder / "mosquitto.conf"
+        self._process: subprocess.Popen[bytes] | None = None
+        anonymous = [] if any(line.startswith("allow_anonymous") for line in lines) else ["allow_anonymous true"]
+        stored = ["persistence true", f"persistence_location {folder}/"] if persistence else []
+        self._config.write_text(
+            "\n".join(
+                (
+                    f"listener {self.port} 127.0.0.1",
+                    *anonymous,
+                    *stored,
+                    # without this it drops its root privileges and cannot reach the test's folder
+                    "user root",
+                    "set_tcp_nodelay true",
+                    "log_dest stderr",
+                    "log_type all",
+                    *lines,
+                    "",
+                )
+            )
+        )
+
+    @property
+    def url(self) -> str:
+        return f"mqtt://127.0.0.1:{self.port}"
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen([self._tool, "-c", str(self._config)], stdout=log, stderr=log)
+        until_listening(self.port, self._process, self.log)
+
+    def stop(self) -> None:
+        if self._process is not None:
+            stop(self._process)
+            self._process = None
+
+    def __enter__(self) -> Mosquitto:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
