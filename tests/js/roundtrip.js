@@ -32,7 +32,9 @@ async function everyQos () {
   await client.subscribeAsync(`${base}/qos/+`, { qos: 2 })
   for (const qos of [0, 1, 2]) {
     const topic = `${base}/qos/${qos}`
-    await Promise.all(Array.from({ length: COUNT }, (_, n) => client.publishAsync(topic, `${n}`, { qos })))
+    for (let n = 0; n < COUNT; n += 10) { // MQTT.js does not mind the server's Receive Maximum: stay below
+      await Promise.all(Array.from({ length: 10 }, (_, k) => client.publishAsync(topic, `${n + k}`, { qos })))
+    }
     const got = await take(COUNT)
     assert.deepStrictEqual(got.map(m => m.payload), Array.from({ length: COUNT }, (_, n) => `${n}`))
     assert(got.every(m => m.packet.qos === qos && m.topic === topic))

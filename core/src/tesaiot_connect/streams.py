@@ -32,6 +32,8 @@ CLOSE_TIMEOUT = 5.0
 LINGER = 1.0
 """Seconds `aclose` waits for the peer's end of stream after it took everything."""
 
+_ACCEPTS = 64  # connections taken at once, before the loop does something else
+
 Explain = Callable[[BaseException], Disconnected]
 
 
@@ -191,10 +193,10 @@ class AsyncioStream(asyncio.Protocol):
     async def send_eof(self) -> None:
         if not self._half_close or not self._live.can_write_eof():
             raise Unsupported("this transport cannot end one direction alone", fix="use aclose")
-        if self._eof_sent:
-            return
         if self._closing or self._lost:
             raise self._not_writable()
+        if self._eof_sent:
+            return
         self._eof_sent = True
         self._live.write_eof()
 
@@ -450,9 +452,12 @@ async def serving(handler: Handler) -> AsyncIterator[Start]:
         yield start
     finally:
         running = list(tasks)
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        try:
+            await asyncio.sleep(0)  # a task that never began could not clean up
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
@@ -465,26 +470,49 @@ async def accepting(
     accepting, then cancels those tasks and waits for them.
     """
     loop = asyncio.get_running_loop()
-
-    async def accept(listening: socket.socket, start: Start) -> None:
-        while True:
-            try:
-                sock, _ = await loop.sock_accept(listening)
-            except OSError as error:
-                log.error("cannot accept connections: %s; trying again in 1 s", error)
-                await asyncio.sleep(1)
-                continue
-            sock.setblocking(False)
-            start(functools.partial(secure, sock))
-
     async with serving(handler) as start:
-        acceptors = []
+
+        def accept(listening: socket.socket) -> None:
+            try:
+                for _ in range(_ACCEPTS):
+                    sock, _ = listening.accept()
+                    sock.setblocking(False)
+                    start(functools.partial(secure, sock))
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                if not isinstance(error, ConnectionError):  # such a peer left before its turn
+                    log.error("cannot accept connections: %s; trying again in 1 s", error)
+                    loop.remove_reader(listening)
+                    pauses[listening] = loop.call_later(1, loop.add_reader, listening, accept, listening)
+
+        async def accept_by_completion(listening: socket.socket) -> None:
+            while True:  # Windows' default loop watches operations, not sockets
+                try:
+                    sock, _ = await loop.sock_accept(listening)
+                except OSError as error:
+                    log.error("cannot accept connections: %s; trying again in 1 s", error)
+                    await asyncio.sleep(1)
+                    continue
+                sock.setblocking(False)
+                start(functools.partial(secure, sock))
+
+        pauses: dict[socket.socket, asyncio.TimerHandle] = {}
+        acceptors: list[asyncio.Task[None]] = []
         try:
             for listening in sockets:
                 listening.setblocking(False)
-                acceptors.append(loop.create_task(accept(listening, start)))
+                try:
+                    loop.add_reader(listening, accept, listening)
+                except NotImplementedError:
+                    acceptors.append(loop.create_task(accept_by_completion(listening)))
             yield
         finally:
+            for listening in sockets:
+                if listening in pauses:
+                    pauses[listening].cancel()
+                if not acceptors:
+                    loop.remove_reader(listening)
             for acceptor in acceptors:
                 acceptor.cancel()
             await asyncio.gather(*acceptors, return_exceptions=True)

@@ -39,7 +39,10 @@ class TlsOptions:
     ca_file: Path | None = attrs.field(
         default=None,
         converter=attrs.converters.optional(_path),
-        metadata={"help": "PEM file of the authorities to trust. Default: those of the operating system."},
+        metadata={
+            "help": "PEM file of the authorities to trust. Default: those of the operating system.",
+            "exists": True,
+        },
     )
     server_name: str | None = attrs.field(
         default=None,
@@ -98,11 +101,17 @@ class ServerTls:
 
     certificate: Path = attrs.field(
         converter=_path,
-        metadata={"help": "PEM file: the server's certificate, then the intermediate ones."},
+        metadata={
+            "help": "PEM file: the server's certificate, then the intermediate ones.",
+            "exists": True,
+        },
     )
     key: Path = attrs.field(
         converter=_path,
-        metadata={"help": "PEM file of the private key."},
+        metadata={
+            "help": "PEM file of the private key.",
+            "exists": True,
+        },
     )
     passphrase: Secret | None = attrs.field(
         default=None,
@@ -111,7 +120,10 @@ class ServerTls:
     ca_file: Path | None = attrs.field(
         default=None,
         converter=attrs.converters.optional(_path),
-        metadata={"help": "PEM file of the authorities whose client certificates are accepted."},
+        metadata={
+            "help": "PEM file of the authorities whose client certificates are accepted.",
+            "exists": True,
+        },
     )
     client_certificate: Literal["none", "optional", "required"] = attrs.field(
         default="none",

@@ -56,17 +56,17 @@ class JsonlSink:
     )
     fsync_interval: Duration = attrs.field(
         default=Duration(1.0),
-        validator=attrs.validators.gt(0),
+        validator=attrs.validators.gt(Duration(0)),
         metadata=_help('How often, with fsync = "interval".'),
     )
     rotate_size: Size = attrs.field(
         default=Size(0),
-        validator=attrs.validators.ge(0),
+        validator=attrs.validators.ge(Size(0)),
         metadata=_help("Start a new file before this one grows larger; 0 is never."),
     )
     rotate_age: Duration = attrs.field(
         default=Duration(0.0),
-        validator=attrs.validators.ge(0),
+        validator=attrs.validators.ge(Duration(0)),
         metadata=_help("Start a new file when the first line of this one is older; 0 is never."),
     )
     keep: int = attrs.field(
@@ -171,7 +171,9 @@ def _documents(
             documents.append(value if type(value) is msgspec.Raw else _encode(presentable(value)))
             kept.append(record)
         except Exception as error:  # noqa: BLE001 - a value of anybody's
-            wrong = PayloadError(f"{repr(value)[:200]} of topic {record.route.topic!r} has no JSON form: {error}")
+            wrong = PayloadError(
+                f"{repr(value)[:200]} of topic {record.route.topic!r} has no JSON form: {error}"
+            )
             wrong.__cause__ = error
             failures[index] = wrong
     return kept, documents, failures
@@ -242,7 +244,9 @@ class LineFile:
             os.close(file)
 
     def _open(self) -> None:
-        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        flags = (
+            os.O_RDWR | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        )
         try:
             self._file = os.open(self._path, flags, 0o644)
         except OSError as error:

@@ -68,14 +68,16 @@ class JsonlSource:
     )
     follow: bool = attrs.field(
         default=False,
-        metadata=_help("Wait at the end of the file for more, also after it was rotated. It may be missing at first."),
+        metadata=_help(
+            "Wait at the end of the file for more, also after it was rotated. It may be missing at first."
+        ),
     )
     start_at: Literal["beginning", "end"] = attrs.field(
         default="beginning", metadata=_help("Where to begin in a file that is there when the run starts.")
     )
     poll: Duration = attrs.field(
         default=Duration(0.25),
-        validator=attrs.validators.gt(0),
+        validator=attrs.validators.gt(Duration(0)),
         metadata=_help("How often to look for more, with follow = true."),
     )
     qos: Literal[0, 1, 2] = attrs.field(
@@ -83,7 +85,7 @@ class JsonlSource:
     )
     max_line: Size = attrs.field(
         default=Size(16 * 1024 * 1024),
-        validator=attrs.validators.ge(1),
+        validator=attrs.validators.ge(Size(1)),
         metadata=_help("A longer line is an error."),
     )
 
@@ -131,7 +133,7 @@ class _JsonlReader:
             self._rest = lines.pop()
             if len(self._rest) > self._recipe.max_line:
                 raise ConnectorError(
-                    f"{self._recipe.path}:{self._line + 1}: a line is longer than {self._recipe.max_line} bytes",
+                    f"{self._recipe.path}:{self._line + 1}: longer than {self._recipe.max_line} bytes",
                     fix="see that it is a file of lines, or raise max_line",
                 )
             messages = self._messages(lines)
@@ -185,7 +187,8 @@ class _File:
         except FileNotFoundError as error:
             if not recipe.follow:
                 raise ConnectorError(
-                    f"there is no file {recipe.path}", fix="correct the path, or wait for it with follow = true"
+                    f"there is no file {recipe.path}",
+                    fix="correct the path, or wait for it with follow = true",
                 ) from error
         except OSError as error:
             raise self._explained(error) from error
@@ -216,7 +219,9 @@ class _File:
             os.close(file)
 
     def _open(self) -> int:
-        return os.open(self._recipe.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0))
+        return os.open(
+            self._recipe.path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | getattr(os, "O_CLOEXEC", 0)
+        )
 
     def _next(self) -> bool:
         """At the end of a file: whether there is another to read from its beginning."""
@@ -236,7 +241,10 @@ class _File:
             file = self._open()
         except FileNotFoundError:
             return False
-        if self._file >= 0 and (more := os.fstat(self._file).st_size - os.lseek(self._file, 0, os.SEEK_CUR)) > 0:
+        if (
+            self._file >= 0
+            and (more := os.fstat(self._file).st_size - os.lseek(self._file, 0, os.SEEK_CUR)) > 0
+        ):
             os.close(file)  # written between our last read and the rotation
             return more > 0
         self._restarted = self._file >= 0

@@ -8,7 +8,7 @@ reach into its neighbour, and whatever bytes come, decoding never raises: what i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import attrs
 import msgspec
@@ -39,12 +39,11 @@ class JsonSerializer:
 
     def decode_raw(self, payloads: Sequence[bytes], /) -> list[Any]:
         """Checks the syntax and the UTF-8, and builds no values."""
-        if all(map(bytes.isascii, payloads)):
-            try:
-                return list(map(_JSON_RAW.decode, payloads))
-            except Exception:  # noqa: BLE001 - found one by one below
-                pass
-        return _one_by_one(_raw, payloads, "JSON")
+        decode = _JSON_RAW.decode if all(map(bytes.isascii, payloads)) else _raw
+        try:
+            return list(map(decode, payloads))
+        except Exception:  # noqa: BLE001 - found one by one below
+            return _one_by_one(decode, payloads, "JSON")
 
     def encode(self, values: Sequence[Any], /) -> list[bytes]:
         return _encode(_JSON_ENCODER.encode, values, "JSON")
@@ -71,8 +70,6 @@ class RawPayload:
     Sinks that write JSON or text show UTF-8 as text and other bytes as {"base64": "..."}.
     """
 
-    accepts: ClassVar[tuple[type, ...]] = (bytes, bytearray, memoryview, msgspec.Raw)
-
     def decode(self, payloads: Sequence[bytes], /) -> list[Any]:
         return list(payloads)
 
@@ -82,13 +79,13 @@ class RawPayload:
     def _encode_one(self, value: Any) -> bytes:
         if isinstance(value, str):
             return value.encode()
-        if isinstance(value, self.accepts):
+        if isinstance(value, bytes | bytearray | memoryview | msgspec.Raw):
             return bytes(value)
         raise TypeError("only bytes and text can be sent raw")
 
 
 def _raw(payload: bytes) -> msgspec.Raw:
-    value = _JSON_RAW.decode(payload)
+    value: msgspec.Raw = _JSON_RAW.decode(payload)
     if not payload.isascii():
         payload.decode()  # msgspec leaves the text inside a Raw unchecked
     return value

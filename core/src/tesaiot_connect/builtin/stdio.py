@@ -41,8 +41,8 @@ class StdoutSink:
         default="json",
         validator=_places,
         metadata={
-            "help": '"json" for the lines of the jsonl sink, or a template with {topic}, {payload} and {time}, '
-            'for example "{topic} {payload}".'
+            "help": '"json" for the lines of the jsonl sink, or a template with {topic}, {payload} and '
+            '{time}, for example "{topic} {payload}".'
         },
     )
 

@@ -120,8 +120,8 @@ def explain(error: BaseException) -> tuple[int, str]:
         name = f"{error.filename}: " if error.filename else ""
         return FAILED, f"error: {name}{error.strerror or error}"
     return FAILED, (
-        f"error: {type(error).__name__}: {error}\nThis is a bug in tesaiot-connect or in a plugin: please report "
-        "it with the output of the same command with --debug (tesaiot-connect --debug ...)"
+        f"error: {type(error).__name__}: {error}\nThis is a bug in tesaiot-connect or in a plugin: please "
+        "report it with what the same command says as `tesaiot-connect --debug ...`"
     )
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import click
 
 from ..errors import ConnectorError
-from . import UNREACHABLE, explain, logs, options
+from . import UNREACHABLE, logs, options
+from .target import aside
 
 if TYPE_CHECKING:
     from ..client import MqttConnection
@@ -37,7 +38,7 @@ def command(
         click.echo(f"{file}: right, and has no connections")
         return
     width = max(map(len, config.connections))
-    failed = asyncio.run(_check_all(config.connections.values(), width))
+    failed = asyncio.run(_check_all(list(config.connections.values()), width))
     ctx.exit(UNREACHABLE if failed else 0)
 
 
@@ -53,10 +54,10 @@ async def _check(connection: MqttConnection) -> tuple[bool, str]:
 
     began = time.monotonic()
     try:
-        async with connection.probe_client() as client:
+        async with aside(connection, "check") as client:
             await reach(client)
             status = client.status
     except ConnectorError as error:
-        return False, explain(error)[1]
+        return False, str(error)
     elapsed = (time.monotonic() - began) * 1000
     return True, f"ok  {status.endpoint} by {status.transport}, MQTT {status.version}, {elapsed:.0f} ms"

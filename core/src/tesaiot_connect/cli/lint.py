@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from ..errors import ConfigError, Problem
 from . import INVALID_CONFIG, options
+
+if TYPE_CHECKING:
+    from ..plugins import Catalog
 
 
 @click.command("lint")
@@ -13,7 +18,9 @@ from . import INVALID_CONFIG, options
 @options.overrides
 @options.env_file
 @click.pass_context
-def command(ctx: click.Context, files: tuple[str, ...], overrides: tuple[str, ...], env_file: str | None) -> None:
+def command(
+    ctx: click.Context, files: tuple[str, ...], overrides: tuple[str, ...], env_file: str | None
+) -> None:
     """Check files for `run` or `serve`, without connecting to anything.
 
     Shows everything that is wrong, with its line and what to write instead. Steps written in
@@ -41,7 +48,7 @@ def command(ctx: click.Context, files: tuple[str, ...], overrides: tuple[str, ..
 
 
 def _lint(
-    file: str, overrides: tuple[str, ...], env_file: str | None, catalog: object
+    file: str, overrides: tuple[str, ...], env_file: str | None, catalog: Catalog
 ) -> tuple[str, tuple[Problem, ...]]:
     from ..config import load
     from ..config.document import Document

@@ -18,7 +18,7 @@ def command(everything: bool, as_json: bool) -> None:
     from ..plugins import PACKAGES, load
 
     catalog = load()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "kind": one.kind,
             "name": one.name,

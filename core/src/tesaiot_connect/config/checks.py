@@ -110,13 +110,10 @@ def _feeds(source: SourceSpec, sink: SinkSpec, reader: SourceSpec) -> bool:
         return path is not None and path == getattr(reader.recipe, "path", None) and str(path) != "-"
     if target is not origin:
         return False
-    topic = getattr(sink.recipe, "topic", None)
-    if topic is None:
-        written = _filters(source)
-    elif "{" in topic:
-        return False  # depends on the message
-    else:
-        written = [topic]
+    topic = getattr(sink.recipe, "topic", None) or "{topic}"
+    # a fixed topic is written even where the source's own topics are not known (a file)
+    origins = _filters(source) if "{topic}" in topic else ["-"]
+    written = [topic.replace("{topic}", one) for one in origins]
     return any(_overlap(one, two) for one in written for two in _filters(reader))
 
 
@@ -128,9 +125,9 @@ def _filters(source: SourceSpec) -> list[str]:
 def _overlap(one: str, two: str) -> bool:
     """Whether some topic matches both filters."""
     left, right = one.split("/"), two.split("/")
-    for a, b in zip(left, right, strict=False):
+    for depth, (a, b) in enumerate(zip(left, right, strict=False), 1):
         if a == "#" or b == "#":
-            return True
+            return a == b or depth == (len(left) if a == "#" else len(right))
         if a != b and a != "+" and b != "+":
             return False
     if len(left) == len(right):

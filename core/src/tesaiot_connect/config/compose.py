@@ -247,6 +247,7 @@ class Composer:
         if table is None:
             self._check_names(path, value)
             return None
+        problems = len(self.doc.problems)
         source = self._look_up((*path, "from"), "source", self.sources, table.from_)
         sinks = [
             self._look_up((*path, "to", index), "sink", self.sinks, sink)
@@ -272,11 +273,11 @@ class Composer:
             self.doc.problem((*path, "on_error"), "the key `dead_letter` is missing", fix)
         if table.process is not None:
             process = self._process((*path, "process"), table.process)
-        if source is None or None in sinks or (table.dead_letter and dead_letter is None):
+        if len(self.doc.problems) > problems or source is None or None in sinks:
             return None
-        made: PipelineSpec | None = self._make(
-            path,
-            PipelineSpec,
+        if table.dead_letter and dead_letter is None:
+            return None
+        return PipelineSpec(
             name=name,
             source=source,
             sinks=tuple(sinks),
@@ -286,7 +287,6 @@ class Composer:
             retry=table.retry,
             max_attempts=table.max_attempts,
         )
-        return made
 
     def _check_names(self, path: Path, value: dict[str, Any]) -> None:
         """Report unknown names in a table that has other problems too."""

@@ -95,10 +95,10 @@ def _listener(composer: Composer, name: str, path: Path, table: dict[str, Any]) 
         return None
     if not address.url and address.port != 0:
         url = attrs.evolve(url, port=address.port or kind.schemes[url.scheme])
+    recipe = composer.structure(path, {"url": url, **rest}, kind, also=(*fields, "auth"))
     if not hasattr(kind, "listen"):
         doc.problem(place, f"{kind.__name__} has no server half", "Choose another scheme or `via`")
         return None
-    recipe = composer.structure(path, {"url": url, **rest}, kind, also=(*fields, "auth"))
     if recipe is None or ("auth" in table and authenticator is None):
         return None
     given = {} if authenticator is None else {"authenticator": authenticator}

@@ -35,13 +35,13 @@ _BYTES = {"B": 1}
 _BYTES |= {f"{u}B": 1000**n for n, u in enumerate("kMGT", 1)} | {"KB": 1000}
 _BYTES |= {f"{u}iB": 1024**n for n, u in enumerate("KMGT", 1)}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*\Z")
-_LISTS = {list: list, abc.Sequence: tuple, abc.Iterable: tuple, abc.Collection: tuple,
+LISTS = {list: list, abc.Sequence: tuple, abc.Iterable: tuple, abc.Collection: tuple,
           set: set, frozenset: frozenset, abc.Set: frozenset}  # fmt: skip
-_UNIONS = (Union, types.UnionType)
-_TABLES = (dict, abc.Mapping, abc.MutableMapping)
+UNIONS = (Union, types.UnionType)
+TABLES = (dict, abc.Mapping, abc.MutableMapping)
 
 
-def _base(kind: Any) -> Any:
+def base_of(kind: Any) -> Any:
     """`list` of `list[str]`."""
     return get_origin(kind) or kind
 
@@ -87,15 +87,18 @@ def converter(references: Mapping[type[Any], Callable[[str], Any]]) -> cattrs.Co
         conv.register_structure_hook_factory(test, lambda kind: make(kind, conv))
 
     factory(attrs.has, _class)
-    factory(lambda t: _base(t) in _UNIONS, _union)
-    factory(lambda t: _base(t) in _LISTS, _list)
-    factory(lambda t: _base(t) is tuple, _tuple)
-    factory(lambda t: _base(t) in _TABLES, _table)
+    factory(lambda t: base_of(t) in UNIONS, _union)
+    factory(lambda t: base_of(t) in LISTS, _list)
+    factory(lambda t: base_of(t) is tuple, _tuple)
+    factory(lambda t: base_of(t) in TABLES, _table)
     hook(
         lambda t: isinstance(t, type) and issubclass(t, enum.Enum),
         lambda value, t: _apply(lambda v: t(_choice(v, [member.value for member in t])), value, t),
     )
-    hook(lambda t: _base(t) is Literal, lambda value, t: _apply(lambda v: _choice(v, get_args(t)), value, t))
+    hook(
+        lambda t: base_of(t) is Literal,
+        lambda value, t: _apply(lambda v: _choice(v, get_args(t)), value, t),
+    )
     hook(lambda t: t is Any or t is object, partial(_apply, _plain))
     # exact types last: they replace the lenient hooks that cattrs brings
     for kind, make in _LEAVES.items():
@@ -152,12 +155,10 @@ def _explain(path: Path, error: Exception, also: tuple[str, ...] = ()) -> Iterat
             known = {*keys(error.cl), *also}
             for key in sorted(error.extra_fields):
                 yield (*path, key), "unknown key", nearest(key, known, "keys")
-        case ConnectorError():
-            yield path, error.what, error.fix
         case StructureHandlerNotFoundError():
             yield path, "this cannot be set in TOML", "Leave it out, and tell the plugin's author"
         case _:
-            yield path, f"{error}" or type(error).__name__, ""
+            yield path, *_words(error)
 
 
 def keys(recipe: type[Any]) -> list[str]:
@@ -178,15 +179,15 @@ def example(kind: Any) -> str:
         return '"64KiB"'
     if kind is Url:
         return '"mqtts://host:8883"'
-    base = _base(kind)
+    base = base_of(kind)
     if base is Literal:
         return " or ".join(show(choice) for choice in get_args(kind))
-    if base in _UNIONS:
+    if base in UNIONS:
         return example(next(member for member in get_args(kind) if member is not type(None)))
-    if base in _LISTS or base is tuple:
+    if base in LISTS or base is tuple:
         inner = [a for a in get_args(kind) if a is not ...]
         return f"[{example(inner[0]) if inner else '...'}]"
-    if base in _TABLES or attrs.has(base):
+    if base in TABLES or attrs.has(base):
         return "{ ... }"
     return {int: "1", float: "1.0", bool: "true"}.get(base, '"..."')
 
@@ -210,7 +211,7 @@ def _secret(value: Any) -> Secret:
 
 def _number(value: Any) -> Any:
     """Text that may stand for something else, as TOML would read it."""
-    if isinstance(value, Text) and value.loose:
+    if isinstance(value, Text) and value.loose and re.fullmatch(r"[^\s#]+", value):
         try:
             parsed = tomllib.loads(f"value = {value}")
         except tomllib.TOMLDecodeError:
@@ -262,7 +263,7 @@ def _url(value: Any) -> Url:
         return Url.parse(_string(value))
     except ValueError as error:
         fix = 'Write "scheme://host:port", for example "mqtts://broker.example:8883"'
-        raise Wrong(str(error), fix) from error
+        raise Wrong(str(error).replace(repr(str(value)), show(value)), fix) from error
 
 
 def _quantity(value: Any, units: Mapping[str, float], what: str, unit: str) -> float:
@@ -289,7 +290,8 @@ def _choice(value: Any, choices: Iterable[Any]) -> Any:
     known = list(choices)
     for candidate in (value, _number(value)):
         for choice in known:
-            if choice == candidate and isinstance(candidate, bool) == isinstance(choice, bool):
+            same = isinstance(candidate, str) if isinstance(choice, str) else type(candidate) is type(choice)
+            if same and choice == candidate:
                 return choice
     listed = ", ".join(show(choice) for choice in known)
     fix = f"Write one of: {listed}"
@@ -349,7 +351,7 @@ def _each(pairs: Iterable[tuple[str | int, Any, Any]], conv: cattrs.Converter) -
 
 
 def _list(kind: Any, conv: cattrs.Converter) -> Callable[[Any, Any], Any]:
-    make = _LISTS[_base(kind)]
+    make = LISTS[base_of(kind)]
     (item,) = get_args(kind) or (Any,)
 
     def structure_list(value: Any, _: Any) -> Any:
@@ -386,7 +388,11 @@ def _table(kind: Any, conv: cattrs.Converter) -> Callable[[Any, Any], Any]:
 
 def _class(kind: Any, conv: cattrs.Converter) -> Callable[[Any, Any], Any]:
     attrs.resolve_types(kind)
-    names: Any = {field.name: override(rename=key_of(field)) for field in attrs.fields(kind) if field.init}
+    names: Any = {
+        field.name: override(rename=key_of(field), struct_hook=_field(field, conv))
+        for field in attrs.fields(kind)
+        if field.init
+    }
     build = make_dict_structure_fn(
         kind, conv, _cattrs_forbid_extra_keys=True, _cattrs_detailed_validation=True, **names
     )
@@ -398,6 +404,32 @@ def _class(kind: Any, conv: cattrs.Converter) -> Callable[[Any, Any], Any]:
         return build(value, kind)
 
     return structure_class
+
+
+def _field(field: attrs.Attribute[Any], conv: cattrs.Converter) -> Callable[[Any, Any], Any]:
+    """Structures one field and asks its validator, so that what it says is said of the key."""
+
+    def structure_field(value: Any, kind: Any) -> Any:
+        made = conv.structure(value, kind) if kind is not None else _plain(value)
+        if field.metadata.get("exists") and isinstance(made, FilePath) and not made.exists():
+            raise Wrong(f"the file {made} does not exist", "Relative paths start at the folder of this file")
+        if field.validator is not None and field.converter is None:
+            try:
+                field.validator(None, field, made)
+            except (ValueError, ConnectorError) as error:
+                raise Wrong(*_words(error)) from error
+            except Exception:  # noqa: BLE001, S110 - it looks at other fields: the class will ask it again
+                pass
+        return made
+
+    return structure_field
+
+
+def _words(error: Exception) -> tuple[str, str]:
+    """Message and fix of an error that a recipe raised."""
+    if isinstance(error, ConnectorError):
+        return error.what, error.fix
+    return str(error.args[0]) if error.args else type(error).__name__, ""
 
 
 def _union(kind: Any, conv: cattrs.Converter) -> Callable[[Any, Any], Any]:
@@ -424,8 +456,8 @@ def _union(kind: Any, conv: cattrs.Converter) -> Callable[[Any, Any], Any]:
 
 def _fits(value: Any, member: Any) -> bool:
     """Whether a value has the shape of a type: its error is then the one to tell."""
-    base = _base(member)
-    table, array = base in _TABLES or attrs.has(base), base in _LISTS or base is tuple
+    base = base_of(member)
+    table, array = base in TABLES or attrs.has(base), base in LISTS or base is tuple
     if isinstance(value, dict):
         return table
     if isinstance(value, list):

@@ -15,7 +15,18 @@ from . import codec
 from .events import Acknowledged, AuthChallenge, Closed, Connected, Event, Output, Suback
 from .flow import MAX_WINDOW, Flow, PeerLimits
 from .link import Link
-from .packets import V5, Auth, Connack, Connect, Disconnect, Ping, SubackPacket, Subscribe, Subscription, Unsubscribe
+from .packets import (
+    V5,
+    Auth,
+    Connack,
+    Connect,
+    Disconnect,
+    Ping,
+    SubackPacket,
+    Subscribe,
+    Subscription,
+    Unsubscribe,
+)
 from .properties import P
 from .reasons import R, words
 from .session import Session
@@ -56,8 +67,9 @@ class ClientEngine:
         """CONNACK is due, later PINGRESP; None when nothing is awaited."""
         self._next_ping: float | None = None
         self._paused: float | None = None
-        self._asked: dict[int, int] = {}
-        """SUBSCRIBE and UNSUBSCRIBE not answered: packet identifier to number of filters."""
+        self._asked: dict[int, tuple[Flow, int]] = {}
+        """SUBSCRIBE and UNSUBSCRIBE not answered: packet identifier to stream and number of filters."""
+        self._reauthenticating = False
         self._link = Link(
             self._handle,
             session,
@@ -120,14 +132,15 @@ class ClientEngine:
             return self._link.take_events()
         if self._deadline is not None and self._paused is None and now >= self._deadline:
             if self._link.ready:
-                self._link.disconnect(R.KEEP_ALIVE_TIMEOUT, "the broker stopped answering (no PINGRESP)", {})
+                self._link.disconnect(R.UNSPECIFIED_ERROR, "the broker stopped answering (no PINGRESP)", {})
             else:
                 self._link.end(Closed(None, "the broker accepted the connection but sent no CONNACK", False, False))
         elif self._next_ping is not None and now >= self._next_ping:
             self._link.control.write(b"\xc0\x00")
             self._next_ping = now + self.keepalive
             if self._deadline is None:
-                self._deadline = now + self._ping_timeout
+                # while paused the deadline stands still; resume_reading moves it on
+                self._deadline = (now if self._paused is None else self._paused) + self._ping_timeout
         return self._link.take_events()
 
     def take_events(self) -> list[Event]:
@@ -138,13 +151,17 @@ class ClientEngine:
         link = self._link
         if type(packet) is Ping:
             return
-        if type(packet) is Connack:
+        if type(packet) is SubackPacket:
+            self._suback(flow, packet)
+        elif flow is not link.control:
+            raise ProtocolError("a packet that belongs on the control stream", reason_code=R.PROTOCOL_ERROR)
+        elif type(packet) is Connack:
             self._connack(packet)
-        elif type(packet) is SubackPacket:
-            self._suback(packet)
         elif type(packet) is Auth:
             self._auth(packet)
         elif type(packet) is Disconnect and link.version == V5 and link.ready:
+            if P.SESSION_EXPIRY in packet.properties:
+                raise ProtocolError("the server set a session expiry", reason_code=R.PROTOCOL_ERROR)
             text = packet.properties.get(P.REASON_STRING, "") or words(packet.reason_code)
             link.end(Closed(packet.reason_code, text, True, False, packet.properties))
         else:
@@ -162,6 +179,9 @@ class ClientEngine:
         if connack.session_present and self.connect.clean_start:
             link.end(Closed(R.PROTOCOL_ERROR, "the server kept a session that was to start clean", False, False))
             return
+        method = self.connect.properties.get(P.AUTH_METHOD)
+        if found.get(P.AUTH_METHOD, method) != method:
+            raise ProtocolError("CONNACK with a method that CONNECT did not name", reason_code=R.PROTOCOL_ERROR)
         self._deadline = None
         self.connack = connack
         self.keepalive = found.get(P.SERVER_KEEP_ALIVE, self.keepalive)
@@ -186,12 +206,14 @@ class ClientEngine:
         link.control.resume(dup=connack.session_present)
         link.release_held()
 
-    def _suback(self, packet: SubackPacket) -> None:
-        count = self._asked.pop(packet.packet_id, None)
-        if count is None:
+    def _suback(self, flow: Flow, packet: SubackPacket) -> None:
+        asked, count = self._asked.get(packet.packet_id, (None, 0))
+        if asked is not flow:
             raise ProtocolError("an answer to a SUBSCRIBE that was not sent", reason_code=R.PROTOCOL_ERROR)
         if packet.codes and len(packet.codes) != count:
             raise ProtocolError("SUBACK does not answer every topic filter", reason_code=R.PROTOCOL_ERROR)
+        del self._asked[packet.packet_id]
+        flow.reserved.discard(packet.packet_id)
         text = packet.properties.get(P.REASON_STRING, "")
         self._link.events.append(Suback(packet.packet_id, tuple(packet.codes), text))
 
@@ -200,8 +222,12 @@ class ClientEngine:
         if method != self.connect.properties.get(P.AUTH_METHOD):
             raise ProtocolError("AUTH with a method that CONNECT did not name", reason_code=R.PROTOCOL_ERROR)
         final = packet.reason_code == R.SUCCESS
-        if packet.reason_code == R.RE_AUTHENTICATE or (final and not self._link.ready):
-            raise ProtocolError("AUTH with a reason only a client may give", reason_code=R.PROTOCOL_ERROR)
+        if packet.reason_code == R.RE_AUTHENTICATE or (
+            not self._reauthenticating if self._link.ready else final
+        ):
+            raise ProtocolError("AUTH that does not fit the exchange", reason_code=R.PROTOCOL_ERROR)
+        if final:
+            self._reauthenticating = False
         data = packet.properties.get(P.AUTH_DATA, b"")
         self._link.events.append(AuthChallenge(method, data, final))
 
@@ -215,24 +241,38 @@ class ClientEngine:
         stream: int = 0,
     ) -> int:
         """Sends SUBSCRIBE; its packet identifier comes back in `Suback`. Raises ProtocolError for
-        an invalid filter; call it only while connected."""
+        an invalid filter and for what the server said it does not take; call it only while connected."""
         flow = self._link.flows[stream]
-        packet_id = self._free_id()
+        packet_id = self._free_id(flow)
         packet = Subscribe(packet_id=packet_id, subscriptions=tuple(subscriptions), properties=properties)
-        flow.write(codec.encode_subscribe(packet, self._link.version))
-        self._asked[packet_id] = len(packet.subscriptions)
-        return packet_id
+        return self._ask(
+            flow, packet_id, codec.encode_subscribe(packet, self._link.version), len(packet.subscriptions)
+        )
 
     def unsubscribe(self, filters: Sequence[str], *, stream: int = 0) -> int:
         """Sends UNSUBSCRIBE; its packet identifier comes back in `Suback`."""
-        packet_id = self._free_id()
+        flow = self._link.flows[stream]
+        packet_id = self._free_id(flow)
         packet = Unsubscribe(packet_id=packet_id, filters=tuple(filters))
-        self._link.flows[stream].write(codec.encode_unsubscribe(packet, self._link.version))
-        self._asked[packet_id] = len(packet.filters)
+        return self._ask(
+            flow, packet_id, codec.encode_unsubscribe(packet, self._link.version), len(packet.filters)
+        )
+
+    def _ask(self, flow: Flow, packet_id: int, data: bytes, count: int) -> int:
+        if len(data) > self._link.peer.maximum_packet_size:
+            raise ProtocolError(
+                f"a packet of {len(data)} bytes is larger than the server takes", reason_code=R.PACKET_TOO_LARGE
+            )
+        flow.write(data)
+        flow.reserved.add(packet_id)
+        self._asked[packet_id] = flow, count
         return packet_id
 
-    def _free_id(self) -> int:
-        while (packet_id := self._session.next_id()) in self._asked:
+    def _free_id(self, flow: Flow) -> int:
+        """Unused on the stream, and unlike all that wait for an answer on any."""
+        flows = self._link.flows
+        self._asked = {key: one for key, one in self._asked.items() if one[0].stream in flows}
+        while (packet_id := self._session.next_id()) in self._asked or packet_id in flow.session.outbound:
             pass
         return packet_id
 
@@ -254,11 +294,18 @@ class ClientEngine:
     def auth(self, data: bytes, *, reauthenticate: bool = False) -> None:
         """Answers a challenge, or starts a re-authentication (MQTT 5 section 4.12.1)."""
         code = R.RE_AUTHENTICATE if reauthenticate else R.CONTINUE_AUTHENTICATION
+        self._reauthenticating = self._reauthenticating or reauthenticate
         found = {P.AUTH_METHOD: self.connect.properties[P.AUTH_METHOD], P.AUTH_DATA: data}
         self._link.control.write(codec.encode_auth(Auth(reason_code=code, properties=found)))
 
     def disconnect(self, reason_code: int = 0, *, properties: Mapping[P, Any] = {}) -> None:
-        """Says DISCONNECT; 0x04 asks for the will to be published. Idempotent."""
+        """Says DISCONNECT; 0x04 asks for the will to be published (in 3.1.1 by closing without a
+        word). Idempotent. Raises ProtocolError for a session expiry where CONNECT had none."""
+        if properties.get(P.SESSION_EXPIRY) and not self.connect.properties.get(P.SESSION_EXPIRY):
+            raise ProtocolError(
+                "a session that CONNECT let end with the connection cannot be prolonged in DISCONNECT",
+                reason_code=R.PROTOCOL_ERROR,
+            )
         self._link.disconnect(reason_code, "", properties, orderly=True)
 
     def outputs(self) -> list[Output]:

@@ -40,6 +40,7 @@ from .topics import check_filter, check_topic
 _CONNACK_CODES = frozenset(
     (0x00, *range(0x80, 0x8B), 0x8C, 0x90, 0x95, 0x97, 0x99, 0x9A, 0x9B, 0x9C, 0x9D, 0x9F)
 )
+_SUBACK_CODES_V3 = frozenset((0, 1, 2, 0x80))
 _SUBACK_CODES = frozenset((0, 1, 2, 0x80, 0x83, 0x87, 0x8F, 0x91, 0x97, 0x9E, 0xA1, 0xA2))
 _UNSUBACK_CODES = frozenset((0x00, 0x11, 0x80, 0x83, 0x87, 0x8F, 0x91))
 _DISCONNECT_CODES = frozenset(
@@ -128,6 +129,12 @@ def encode_connect(connect: Connect) -> bytes:
         flags |= 0x80
         body += string(connect.username)
     if connect.password is not None:
+        if not v5 and connect.username is None:
+            raise ProtocolError(
+                "MQTT 3.1.1 knows no password without a user name",
+                fix="set a user name as well",
+                reason_code=R.BAD_USER_NAME_OR_PASSWORD,
+            )
         flags |= 0x40
         body += binary(connect.password)
     name = b"MQIsdp" if connect.version == 3 else b"MQTT"
@@ -191,8 +198,12 @@ def encode_subscribe(subscribe: Subscribe, version: int) -> bytes:
     body = bytearray(subscribe.packet_id.to_bytes(2))
     if v5:
         body += write_properties(subscribe.properties)
+    if not subscribe.subscriptions:
+        raise ProtocolError("SUBSCRIBE without a topic filter", reason_code=R.PROTOCOL_ERROR)
     for one in subscribe.subscriptions:
         check_filter(one.topic_filter)
+        if v5 and one.no_local and one.topic_filter.startswith("$share/"):
+            raise ProtocolError("no local on a shared subscription", reason_code=R.PROTOCOL_ERROR)
         options = one.qos
         if v5:
             options |= one.no_local << 2 | one.retain_as_published << 3 | one.retain_handling << 4
@@ -216,6 +227,10 @@ def decode_unsubscribe(cursor: Cursor, version: int) -> Unsubscribe:
 
 def encode_unsubscribe(unsubscribe: Unsubscribe, version: int) -> bytes:
     body = unsubscribe.packet_id.to_bytes(2)
+    if not unsubscribe.filters:
+        raise ProtocolError("UNSUBSCRIBE without a topic filter", reason_code=R.PROTOCOL_ERROR)
+    for topic_filter in unsubscribe.filters:
+        check_filter(topic_filter)
     if version == V5:
         body += write_properties(unsubscribe.properties)
     return packet(0xA2, body + b"".join(map(string, unsubscribe.filters)))
@@ -225,16 +240,13 @@ def _decode_suback(cursor: Cursor, version: int, packet_type: int, allowed: froz
     packet_id = cursor.packet_id()
     found = read_properties(cursor, packet_type) if version == V5 else {}
     codes = cursor.rest()
-    if not allowed.issuperset(codes):
-        raise malformed("SUBACK or UNSUBACK with an undefined reason code")
+    if not codes or not allowed.issuperset(codes):
+        raise malformed("SUBACK or UNSUBACK without a reason code or with an undefined one")
     return SubackPacket(packet_id=packet_id, codes=codes, properties=found)
 
 
 def decode_suback(cursor: Cursor, version: int) -> SubackPacket:
-    found = _decode_suback(cursor, version, t.SUBACK, _SUBACK_CODES)
-    if not found.codes:
-        raise malformed("SUBACK without a reason code")
-    return found
+    return _decode_suback(cursor, version, t.SUBACK, _SUBACK_CODES if version == V5 else _SUBACK_CODES_V3)
 
 
 def decode_unsuback(cursor: Cursor, version: int) -> SubackPacket:
@@ -252,7 +264,7 @@ def encode_suback(first_byte: int, suback: SubackPacket, version: int) -> bytes:
         return packet(first_byte, head + write_properties(suback.properties) + suback.codes)
     if first_byte == 0xB0:
         return packet(first_byte, head)
-    return packet(first_byte, head + bytes(code if code < 0x80 else 0x80 for code in suback.codes))
+    return packet(first_byte, head + bytes(min(128, code) for code in suback.codes))
 
 
 def decode_disconnect(cursor: Cursor, version: int) -> Disconnect:

@@ -21,6 +21,8 @@ from .topics import check_topic
 
 _CACHE_LIMIT = 4096
 """Entries in the caches of topics and of property blocks before they start afresh."""
+_CACHED_TOPIC = 256
+"""Bytes of a topic that is worth remembering: what a hostile peer can make us keep is bounded."""
 
 
 class Publishes(NamedTuple):
@@ -105,7 +107,7 @@ class Decoder:
     def _packets(self, data: bytes, items: list[Any]) -> int:
         """Decodes all whole packets; returns where the unfinished one starts."""
         limit = self.maximum_packet_size
-        topics = self._topics
+        known = self._topics.get
         v5 = self.version == V5
         messages: list[Message] = []
         ids: list[int] = []
@@ -145,7 +147,7 @@ class Decoder:
                 if at > stop:
                     raise malformed("the topic reaches beyond its PUBLISH")
                 raw = data[start + 2 : at]
-                topic = topics.get(raw)
+                topic = known(raw)
                 if topic is None:
                     topic = self._topic(raw)
                 packet_id = 0
@@ -173,9 +175,12 @@ class Decoder:
                         at += 1
                         if not topic:
                             raise ProtocolError("PUBLISH without topic or alias", reason_code=R.PROTOCOL_ERROR)
-                messages.append(
-                    Message(topic, data[at:stop], first >> 1 & 3, first & 1 == 1, properties)
-                )
+                if first == 0x30 and properties is NO_PROPERTIES:
+                    messages.append(Message(topic, data[at:stop]))
+                else:
+                    messages.append(
+                        Message(topic, data[at:stop], first >> 1 & 3, first & 1 == 1, properties)
+                    )
                 ids.append(packet_id)
                 pos = stop
             else:
@@ -209,9 +214,10 @@ class Decoder:
             return ""
         topic = text(raw)
         check_topic(topic)
-        if len(self._topics) >= _CACHE_LIMIT:
-            self._topics.clear()
-        self._topics[raw] = topic
+        if len(raw) <= _CACHED_TOPIC:
+            if len(self._topics) >= _CACHE_LIMIT:
+                self._topics.clear()
+            self._topics[raw] = topic
         return topic
 
     def _properties(self, data: bytes, at: int, stop: int) -> tuple[Properties, int, int]:
@@ -274,6 +280,8 @@ class Decoder:
                 last.reasons[packet_id] = reason
             return False
         decode = self._decode.get(packet_type)
+        if not packet_type:
+            raise malformed("packet type 0 does not exist")
         if decode is None:
             raise ProtocolError(
                 f"packet type {packet_type} must not come from this side", reason_code=R.PROTOCOL_ERROR

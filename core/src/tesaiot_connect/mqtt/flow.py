@@ -17,7 +17,7 @@ from ..message import NO_PROPERTIES, Message, Properties
 from . import properties as t
 from .decoder import Acks, Decoder, Publishes
 from .packets import V5
-from .primitives import string, varint
+from .primitives import MAX_VARINT, string, varint
 from .properties import P, from_message_properties, write_properties
 from .reasons import R
 from .session import InFlight, Session
@@ -25,6 +25,8 @@ from .session import InFlight, Session
 MAX_WINDOW = 65_000
 """In flight at most, so that a free packet identifier always exists."""
 _CACHE_LIMIT = 4096
+_CACHED_TOPIC = 256
+"""Bytes of a topic that is worth remembering."""
 
 
 class PeerLimits(NamedTuple):
@@ -61,6 +63,13 @@ class Flow:
         self.out_size = 0
         self.fin = False
         self.receive_maximum = 65_535
+        self.maximum_qos = 2
+        self.retain_available = True
+        """These three are what this side announced."""
+        self.reserved: set[int] = set()
+        """Packet identifiers of SUBSCRIBE and UNSUBSCRIBE that wait for their answer."""
+        self.ended = False
+        """The peer has ended the stream and what it had sent is still held."""
         self._server = server
         self._peer = PeerLimits()
         self._window = 0
@@ -68,13 +77,20 @@ class Flow:
         self._v5 = True
         self._topics: dict[str, bytes] = {}
         self._aliases: dict[str, int] = {}
+        self._order: deque[int] = deque()
+        """What is to be acknowledged, in order of arrival: tokens, and for a QoS 2 message that
+        an earlier connection brought first, minus its packet identifier."""
         self._pending: dict[int, _Pending] = {}
         self._settled: dict[int, Sequence[int] | None] = {}
         self._waiting = 0
-        self._asked: set[int] = set()
+        self._open: set[int] = set()
+        """QoS 2 identifiers of this connection between PUBREC and PUBREL. With `_waiting` they are
+        what the peer may count against our Receive Maximum (section 4.9)."""
         self.refused: dict[int, int] = {}
         """Keys of messages the peer does not take, and why, until the owner is told."""
         self._resend: deque[int] = deque()
+        self._unquoted: set[int] = set()
+        """Identifiers whose PUBLISH went out on an earlier connection, so they took none of this quota."""
         self._dup = True
 
     def start(self, version: int, peer: PeerLimits, *, window: int = MAX_WINDOW) -> None:
@@ -89,7 +105,12 @@ class Flow:
 
         `dup` False: the peer has a new session, so the messages go out as new ones.
         """
-        self._resend = deque(self.session.outbound)
+        for packet_id, entry in self.session.outbound.items():
+            if entry.released:
+                self._unquoted.add(packet_id)
+                self.write(b"\x62\x02" + packet_id.to_bytes(2))
+            else:
+                self._resend.append(packet_id)
         self._dup = dup
         self._send_again()
 
@@ -112,15 +133,19 @@ class Flow:
         """
         if self._resend or not self._window:
             return 0
-        outbound = self.session.outbound
+        session, reserved = self.session, self.reserved
+        outbound = session.outbound
+        room = min(self._quota, MAX_WINDOW - len(outbound))
         taken = 0
         for message, key in zip(messages, keys, strict=True):
             if self.out_size >= self.send_buffer:
                 break
             if message.qos:
-                if not self._quota:
+                if room <= 0:
                     break
-                packet_id = self.session.next_id()
+                packet_id = session.next_id()
+                while packet_id in reserved:
+                    packet_id = session.next_id()
             else:
                 packet_id = 0
             taken += 1
@@ -130,6 +155,7 @@ class Flow:
             elif packet_id:
                 outbound[packet_id] = InFlight(key, message)
                 self._quota -= 1
+                room -= 1
         return taken
 
     def _encode(self, message: Message, packet_id: int, dup: int) -> int:
@@ -143,14 +169,8 @@ class Flow:
         topic = message.topic
         head = self._topics.get(topic)
         if head is None:
-            if len(self._topics) >= _CACHE_LIMIT:
-                self._topics.clear()
-            try:
-                head = self._topics[topic] = string(topic)
-            except ProtocolError:
-                return R.TOPIC_NAME_INVALID
-            if len(head) == 2 or "+" in topic or "#" in topic:
-                del self._topics[topic]
+            head = self._head(topic)
+            if not head:
                 return R.TOPIC_NAME_INVALID
         new_alias = 0
         block = b""
@@ -160,8 +180,8 @@ class Flow:
                 head = b"\0\0"
             elif len(self._aliases) < peer.topic_alias_maximum:
                 alias = new_alias = len(self._aliases) + 1
-            if not alias and message.properties is NO_PROPERTIES:
-                block = b"\0"
+            if message.properties is NO_PROPERTIES:
+                block = b"\3\x23" + alias.to_bytes(2) if alias else b"\0"
             else:
                 try:
                     block = self._properties(message.properties, alias)
@@ -170,7 +190,12 @@ class Flow:
         payload = message.payload
         body = len(head) + len(block) + len(payload) + (2 if qos else 0)
         first = 0x30 | dup | qos << 1 | message.retain
-        fixed = bytes((first, body)) if body < 0x80 else bytes((first,)) + varint(body)
+        if body < 0x80:
+            fixed = bytes((first, body))
+        elif body <= MAX_VARINT:
+            fixed = bytes((first,)) + varint(body)
+        else:
+            return R.PACKET_TOO_LARGE
         size = len(fixed) + body
         if size > peer.maximum_packet_size:
             return R.PACKET_TOO_LARGE
@@ -179,6 +204,20 @@ class Flow:
         self.out += (fixed, head, packet_id.to_bytes(2) + block if qos else block, payload)
         self.out_size += size
         return 0
+
+    def _head(self, topic: str) -> bytes:
+        """The topic as a PUBLISH carries it; empty if none may."""
+        try:
+            head = string(topic)
+        except ProtocolError:
+            return b""
+        if len(head) == 2 or "+" in topic or "#" in topic:
+            return b""
+        if len(head) <= _CACHED_TOPIC:
+            if len(self._topics) >= _CACHE_LIMIT:
+                self._topics.clear()
+            self._topics[topic] = head
+        return head
 
     def _properties(self, properties: Properties, alias: int) -> bytes:
         found = from_message_properties(properties)
@@ -195,9 +234,7 @@ class Flow:
             entry = outbound.get(packet_id)
             if entry is None:
                 continue
-            if entry.released:
-                self.write(b"\x62\x02" + packet_id.to_bytes(2))
-            elif reason := self._encode(entry.message, packet_id, 8 if self._dup else 0):
+            if reason := self._encode(entry.message, packet_id, 8 if self._dup else 0):
                 self.refused[entry.key] = reason
                 del outbound[packet_id]
             else:
@@ -217,43 +254,52 @@ class Flow:
         freed = 0
         for packet_id in acks.ids:
             entry = outbound.get(packet_id)
+            reason = reasons.get(packet_id, 0) if reasons else 0
             if entry is None:
-                if acks.packet_type == t.PUBREC:
+                if acks.packet_type == t.PUBREC and reason < 0x80:
                     unknown = b"\x62\x03%b\x92" if self._v5 else b"\x62\x02%b"
                     answers.append(unknown % packet_id.to_bytes(2))
                 continue
-            if (acks.packet_type == t.PUBACK) != (entry.message.qos == 1):
+            if (acks.packet_type == t.PUBACK) != (entry.message.qos == 1) or (
+                acks.packet_type == t.PUBCOMP and not entry.released
+            ):
                 raise ProtocolError(
                     f"the wrong kind of acknowledgement for packet identifier {packet_id}",
                     reason_code=R.PROTOCOL_ERROR,
                 )
-            reason = reasons.get(packet_id, 0) if reasons else 0
             if acks.packet_type == t.PUBREC and reason < 0x80:
                 entry.released = True
                 answers.append(b"\x62\x02" + packet_id.to_bytes(2))
                 continue
             del outbound[packet_id]
-            freed += 1
+            if packet_id in self._unquoted:
+                self._unquoted.discard(packet_id)
+            else:
+                freed += 1
             if reason >= 0x80 and acks.packet_type != t.PUBCOMP:
                 self.refused[entry.key] = reason
             else:
                 keys.append(entry.key)
         if answers:
             self.write(b"".join(answers))
-        if freed:
-            self._quota = min(self._window, self._quota + freed)
-            if self._resend:
-                self._send_again()
+        self._quota = min(self._window, self._quota + freed)
+        if self._resend:
+            self._send_again()
 
     # --- inbound messages -----------------------------------------------------------------
 
     def received(self, publishes: Publishes) -> tuple[list[Message], list[int]]:
         """Messages that are new, and their identifiers. Raises ProtocolError beyond the window."""
         messages, ids, qos2 = publishes
+        if self.maximum_qos < 2 or not self.retain_available:
+            self._check_announced(messages)
         if qos2:
             messages, ids = self._without_duplicates(messages, ids)
         self._waiting += len(ids) - ids.count(0)
-        if self._v5 and self._waiting + len(self.session.inbound) > self.receive_maximum:
+        if self._v5 and self._waiting + len(self._open) > self.receive_maximum:
+            for message, packet_id in zip(messages, ids, strict=True):
+                if message.qos == 2:
+                    del self.session.unsettled[packet_id]
             raise ProtocolError(
                 f"more than {self.receive_maximum} messages were sent without waiting for acknowledgement",
                 reason_code=R.RECEIVE_MAXIMUM_EXCEEDED,
@@ -266,29 +312,47 @@ class Flow:
         new_ids: list[int] = []
         for message, packet_id in zip(messages, ids, strict=True):
             if message.qos == 2:
-                if packet_id in session.inbound:
-                    self.write(b"\x50\x02" + packet_id.to_bytes(2))
-                    continue
-                if packet_id in session.unsettled:
-                    self._asked.add(packet_id)
+                if packet_id in session.inbound or packet_id in session.unsettled:
+                    self._again(packet_id)
                     continue
                 session.unsettled[packet_id] = 0
             new_messages.append(message)
             new_ids.append(packet_id)
         return new_messages, new_ids
 
-    def hold(self, messages: list[Message], ids: list[int]) -> int:
-        """The token that settles these messages; 0 when all are QoS 0."""
+    def _again(self, packet_id: int) -> None:
+        """A QoS 2 message that came before: it emits nothing, its PUBREC goes out in its turn."""
+        holder = self.session.unsettled.get(packet_id)
+        if -packet_id in self._pending or holder == 0 or holder in self._pending:
+            return
+        self._order.append(-packet_id)
+        self._pending[-packet_id] = _Pending([packet_id], (2,))
+        self._waiting += 1
+        if holder is None:
+            self._settled[-packet_id] = None
+            self._release_settled()
+
+    def _check_announced(self, messages: list[Message]) -> None:
+        for message in messages:
+            if message.qos > self.maximum_qos:
+                raise ProtocolError(f"QoS {message.qos} is not supported here", reason_code=R.QOS_NOT_SUPPORTED)
+            if message.retain and not self.retain_available:
+                raise ProtocolError("retained messages are not supported", reason_code=R.RETAIN_NOT_SUPPORTED)
+
+    def hold(self, messages: list[Message], ids: list[int], tokens: Session) -> int:
+        """The token that settles these messages; 0 when all are QoS 0. `tokens` is the session of
+        the control stream, so that a token means one thing on all streams."""
         if not any(ids):
             return 0
         session = self.session
-        token = session.next_token()
+        token = tokens.next_token()
         qos: list[int] | None = None
         if session.unsettled:
             qos = [message.qos for message in messages]
             for message, packet_id in zip(messages, ids, strict=True):
                 if message.qos == 2:
                     session.unsettled[packet_id] = token
+        self._order.append(token)
         self._pending[token] = _Pending(ids, qos)
         return token
 
@@ -299,20 +363,22 @@ class Flow:
         if token not in self._pending:
             return False
         self._settled[token] = reasons
-        while self._pending:
-            head = next(iter(self._pending))
-            if head not in self._settled:
-                break
-            self._acknowledge(self._pending.pop(head), self._settled.pop(head))
+        self._release_settled()
         return True
+
+    def _release_settled(self) -> None:
+        order, settled = self._order, self._settled
+        while order and order[0] in settled:
+            head = order.popleft()
+            self._acknowledge(self._pending.pop(head), settled.pop(head))
 
     def settle_earlier(self, token: int) -> None:
         """A token of an earlier connection: its QoS 2 messages are safe now. PUBREC goes to a peer
         that has sent them again, and will go to one that still does."""
         for packet_id in self.session.settle_unconnected(token):
-            if packet_id in self._asked:
-                self._asked.discard(packet_id)
-                self.write(b"\x50\x02" + packet_id.to_bytes(2))
+            if -packet_id in self._pending:
+                self._settled[-packet_id] = None
+        self._release_settled()
 
     def _acknowledge(self, pending: _Pending, reasons: Sequence[int] | None) -> None:
         ids, qos = pending
@@ -337,6 +403,7 @@ class Flow:
                 session.unsettled.pop(packet_id, None)
                 if reason < 0x80:
                     session.inbound.add(packet_id)
+                    self._open.add(packet_id)
             out += bytes((first, 3 if reason else 2)) + packet_id.to_bytes(2)
             if reason:
                 out.append(reason)
@@ -346,6 +413,7 @@ class Flow:
         inbound = self.session.inbound
         out = bytearray()
         for packet_id in ids:
+            self._open.discard(packet_id)
             if packet_id in inbound:
                 inbound.discard(packet_id)
                 out += b"\x70\x02" + packet_id.to_bytes(2)

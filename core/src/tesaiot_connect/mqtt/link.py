@@ -16,7 +16,7 @@ from .decoder import Acks, Decoder, Publishes
 from .events import Acknowledged, Close, Closed, Event, Output, Received, Reset, Send, StreamLost
 from .flow import Flow, PeerLimits
 from .packets import V5, Connack, Disconnect, Ping
-from .properties import P
+from .properties import P, PropertyMap
 from .reasons import R
 from .session import Session
 
@@ -41,6 +41,8 @@ class Link:
         receive_maximum: int,
         send_buffer: int,
         maximum_streams: int,
+        maximum_qos: int = 2,
+        retain_available: bool = True,
     ) -> None:
         self.events: list[Event] = []
         self.version = version
@@ -54,10 +56,12 @@ class Link:
         self._maximum_packet_size = maximum_packet_size
         self._topic_alias_maximum = topic_alias_maximum
         self._receive_maximum = receive_maximum
+        self._maximum_qos = maximum_qos
+        self._retain_available = retain_available
         self._send_buffer = send_buffer
         self._maximum_streams = maximum_streams
         self._tail: list[Output] = []
-        self._peer = PeerLimits()
+        self.peer = PeerLimits()
         self._window = 0
         self.control = self._open(CONTROL, session)
 
@@ -70,13 +74,15 @@ class Link:
         )
         flow = Flow(stream, session, decoder, send_buffer=self._send_buffer, server=self._server)
         flow.receive_maximum = self._receive_maximum
+        flow.maximum_qos = self._maximum_qos
+        flow.retain_available = self._retain_available
         self.flows[stream] = flow
         return flow
 
     def start(self, version: int, peer: PeerLimits, window: int) -> None:
         """CONNACK said yes: all streams may carry messages."""
         self.version = version
-        self._peer = peer
+        self.peer = peer
         self._window = window
         self.ready = True
         for flow in self.flows.values():
@@ -86,16 +92,25 @@ class Link:
         """Process what other streams brought before the connection was accepted, and what
         followed CONNECT."""
         for flow in list(self.flows.values()):
-            held, flow.held = bytes(flow.held), bytearray()
-            self._feed(flow, held)
+            if self.closed:
+                return
+            self.release_one(flow)
+
+    def release_one(self, flow: Flow) -> None:
+        held, flow.held = bytes(flow.held), bytearray()
+        self._feed(flow, held)
+        if flow.ended:
+            self._drop(flow.stream, None)
 
     def take_events(self) -> list[Event]:
-        for flow in self.flows.values():
-            if flow.refused:
-                self.events.append(Acknowledged(flow.stream, [], flow.refused))
-                flow.refused = {}
+        self._tell_refused()
         events, self.events = self.events, []
         return events
+
+    def _tell_refused(self) -> None:
+        for flow in self.flows.values():
+            if flow.refused:
+                self._emit(flow, [], [], [])
 
     # --- input ----------------------------------------------------------------------------
 
@@ -118,9 +133,9 @@ class Link:
         try:
             for item in flow.decoder.feed(data):
                 kind = type(item)
+                if not self.ready and (kind is Publishes or kind is Acks or kind is Ping):
+                    raise ProtocolError("a packet before the connection is up", reason_code=R.PROTOCOL_ERROR)
                 if kind is Publishes:
-                    if not self.ready:
-                        raise ProtocolError("PUBLISH before the connection is up", reason_code=R.PROTOCOL_ERROR)
                     new_messages, new_ids = flow.received(item)
                     if messages:
                         messages += new_messages
@@ -147,7 +162,7 @@ class Link:
 
     def _emit(self, flow: Flow, messages: list[Message], ids: list[int], keys: list[int]) -> None:
         if messages:
-            self.events.append(Received(flow.stream, messages, ids, flow.hold(messages, ids)))
+            self.events.append(Received(flow.stream, messages, ids, flow.hold(messages, ids, self.control.session)))
         if keys or flow.refused:
             refused, flow.refused = flow.refused, {}
             self.events.append(Acknowledged(flow.stream, keys, refused))
@@ -161,7 +176,7 @@ class Link:
             return []
         flow = self._open(stream, Session())
         if self.ready:
-            flow.start(self.version, self._peer, window=self._window)
+            flow.start(self.version, self.peer, window=self._window)
         return []
 
     def stream_lost(self, stream: int, *, reset: bool) -> list[Event]:
@@ -171,7 +186,11 @@ class Link:
         if stream == CONTROL:
             self.end(Closed(None, "the connection was lost" if reset else "the peer closed the connection", True, False))
         else:
-            self._drop(stream, None)
+            flow = self.flows.get(stream)
+            if flow is not None and flow.held and not reset and not self.ready:
+                flow.ended = True
+            else:
+                self._drop(stream, None)
         return self.take_events()
 
     def _drop(self, stream: int, code: int | None) -> None:
@@ -179,12 +198,20 @@ class Link:
         if flow is None:
             return
         self._tail.append(Send(stream, flow.take(), fin=True) if code is None else Reset(stream, code))
-        lost = [entry.key for entry in flow.session.outbound.values()]
-        self.events.append(StreamLost(stream, lost))
+        self._lost(flow)
+
+    def _lost(self, flow: Flow) -> None:
+        """Every key in flight on a data stream comes back: a QoS 2 message that the peer has taken
+        over (PUBREC) is done."""
+        entries = flow.session.outbound.values()
+        self._emit(flow, [], [], [entry.key for entry in entries if entry.released])
+        self.events.append(StreamLost(flow.stream, [entry.key for entry in entries if not entry.released]))
 
     # --- output ---------------------------------------------------------------------------
 
     def settle(self, token: int, reasons: Sequence[int] | None) -> None:
+        if not token:
+            return
         for flow in self.flows.values():
             if flow.settle(token, reasons):
                 return
@@ -197,9 +224,7 @@ class Link:
         return flow.publish(messages, keys)
 
     def outputs(self) -> list[Output]:
-        found: list[Output] = [
-            Send(flow.stream, flow.take()) for flow in self.flows.values() if flow.out
-        ]
+        found: list[Output] = [Send(flow.stream, flow.take()) for flow in self.flows.values() if flow.out]
         if self._tail:
             found += self._tail
             self._tail = []
@@ -216,18 +241,37 @@ class Link:
                 self.control.write(codec.encode_connack(Connack(reason_code=error.reason_code), V5))
             self.end(Closed(error.reason_code, error.what, False, False))
         else:
-            self.disconnect(error.reason_code, error.what, {})
+            code = error.reason_code
+            if code == R.UNSUPPORTED_PROTOCOL_VERSION:  # a second CONNECT: DISCONNECT knows no such code
+                code = R.PROTOCOL_ERROR
+            self.disconnect(code, error.what, {})
+
+    def say(self, flow: Flow, encode: Callable[[PropertyMap], bytes], found: PropertyMap) -> bool:
+        """Writes a packet within the peer's Maximum Packet Size (section 3.1.2.11.4): without its
+        reason string and user properties where those make it too large. False: not even so."""
+        data = encode(found)
+        if len(data) > self.peer.maximum_packet_size:
+            data = encode({key: found[key] for key in found if key not in (P.REASON_STRING, P.USER)})
+            if len(data) > self.peer.maximum_packet_size:
+                return False
+        flow.write(data)
+        return True
 
     def disconnect(self, reason_code: int, text: str, properties: Mapping[P, Any], *, orderly: bool = False) -> None:
-        """Says DISCONNECT where the version lets this side say it, then closes."""
+        """Says DISCONNECT where the version lets this side say it, then closes. In 3.1.1 only a
+        client says it, and it means that all is well: the will is discarded."""
         if self.closed:
             return
         found = dict(properties)
         if text and reason_code:
             found[P.REASON_STRING] = text[:256]
-        if self.ready and (self.version == V5 or not self._server):
-            self.control.write(
-                codec.encode_disconnect(Disconnect(reason_code=reason_code, properties=found), self.version)
+        if self.ready and (self.version == V5 or not (self._server or reason_code)):
+            self.say(
+                self.control,
+                lambda some: codec.encode_disconnect(
+                    Disconnect(reason_code=reason_code, properties=some), self.version
+                ),
+                found,
             )
         self.end(Closed(reason_code, text, False, orderly, found))
 
@@ -235,6 +279,10 @@ class Link:
         """The last event. What is in the output still goes out."""
         if self.closed:
             return
+        self._tell_refused()
+        for flow in self.flows.values():
+            if flow is not self.control:
+                self._lost(flow)
         self.closed = True
         self.events.append(closed)
         self._tail.append(Close(closed.reason_code or 0))

@@ -112,6 +112,13 @@ _TABLE: dict[int, tuple[P, _Type, frozenset[int]]] = {
 _NOT_ZERO = frozenset((P.SUBSCRIPTION_ID, P.RECEIVE_MAXIMUM, P.MAXIMUM_PACKET_SIZE))
 
 
+def _check(key: P, kind: _Type, value: Any) -> None:
+    if kind is _U8 and value > 1:
+        raise ProtocolError(f"property {key.name} is {value}, not 0 or 1", reason_code=R.PROTOCOL_ERROR)
+    if key in _NOT_ZERO and not value:
+        raise ProtocolError(f"property {key.name} is 0", reason_code=R.PROTOCOL_ERROR)
+
+
 def read_properties(cursor: Cursor, packet_type: int) -> dict[P, Any]:
     """Reads a length and that many bytes of properties.
 
@@ -132,13 +139,8 @@ def read_properties(cursor: Cursor, packet_type: int) -> dict[P, Any]:
             raise malformed("a packet holds a property that does not belong there")
         key, kind, _ = entry
         value = kind.read(inner)
-        if kind is _U8 and value > 1:
-            raise ProtocolError(f"property {key.name} is {value}, not 0 or 1", reason_code=R.PROTOCOL_ERROR)
-        if key in _NOT_ZERO and not value:
-            raise ProtocolError(f"property {key.name} is 0", reason_code=R.PROTOCOL_ERROR)
-        if key is P.USER:
-            found.setdefault(key, []).append(value)
-        elif key is P.SUBSCRIPTION_ID and (packet_type == PUBLISH or key not in found):
+        _check(key, kind, value)
+        if key is P.USER or (key is P.SUBSCRIPTION_ID and (packet_type == PUBLISH or key not in found)):
             found.setdefault(key, []).append(value)
         elif key in found:
             raise ProtocolError(f"property {key.name} stands twice", reason_code=R.PROTOCOL_ERROR)
@@ -151,25 +153,20 @@ def read_properties(cursor: Cursor, packet_type: int) -> dict[P, Any]:
 
 
 def write_properties(properties: PropertyMap) -> bytes:
-    """The length and the properties."""
+    """The length and the properties. Raises ProtocolError for a value the standard forbids."""
     out = bytearray()
     for key, value in properties.items():
-        write = _TABLE[key][1].write
+        kind = _TABLE[key][1]
         for one in value if key in (P.USER, P.SUBSCRIPTION_ID) else (value,):
-            out += varint(key) + write(one)
+            _check(key, kind, one)
+            out += varint(key) + kind.write(one)
     return varint(len(out)) + bytes(out)
 
 
 def to_message_properties(found: PropertyMap) -> Properties:
     """The typed form of what PUBLISH or a will carried. Raises ProtocolError."""
     response_topic = found.get(P.RESPONSE_TOPIC)
-    if response_topic is not None and (
-        not response_topic or "+" in response_topic or "#" in response_topic
-    ):
-        raise ProtocolError(
-            f"the response topic {response_topic!r} is not a topic name",
-            reason_code=R.PROTOCOL_ERROR,
-        )
+    _check_response_topic(response_topic)
     return Properties(
         payload_format=found.get(P.PAYLOAD_FORMAT),
         message_expiry=found.get(P.MESSAGE_EXPIRY),
@@ -181,9 +178,15 @@ def to_message_properties(found: PropertyMap) -> Properties:
     )
 
 
+def _check_response_topic(topic: str | None) -> None:
+    if topic is not None and (not topic or "+" in topic or "#" in topic):
+        raise ProtocolError(f"the response topic {topic!r} is not a topic name", reason_code=R.PROTOCOL_ERROR)
+
+
 def from_message_properties(properties: Properties) -> dict[P, Any]:
-    """The dict form; fields that are None or empty are left out."""
+    """The dict form; fields that are None or empty are left out. Raises ProtocolError."""
     found: dict[P, Any] = {}
+    _check_response_topic(properties.response_topic)
     if properties.payload_format is not None:
         found[P.PAYLOAD_FORMAT] = properties.payload_format
     if properties.message_expiry is not None:

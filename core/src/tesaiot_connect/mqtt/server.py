@@ -25,7 +25,7 @@ from .events import (
 )
 from .flow import Flow, PeerLimits
 from .link import Link
-from .packets import V5, Auth, Connack, Connect, Disconnect, Ping, SubackPacket, Subscribe, Unsubscribe
+from .packets import V3, V5, Auth, Connack, Connect, Disconnect, Ping, SubackPacket, Subscribe, Unsubscribe
 from .properties import P
 from .reasons import R, words
 from .session import Session
@@ -63,6 +63,8 @@ class ServerEngine:
         self.keepalive = 0
         self._deadline = now + limits.connect_timeout
         self._challenged = False
+        self._early: list[int] = []
+        """Tokens of an earlier connection of the session, settled before this one was accepted."""
         self._link = Link(
             self._handle,
             Session(),
@@ -73,6 +75,8 @@ class ServerEngine:
             receive_maximum=limits.receive_maximum,
             send_buffer=limits.send_buffer,
             maximum_streams=limits.maximum_streams,
+            maximum_qos=limits.maximum_qos,
+            retain_available=limits.retain_available,
         )
         self._link.last_received = now
 
@@ -93,8 +97,10 @@ class ServerEngine:
         link = self._link
         if self.connect is None or link.ready or self._challenged or stream:
             return link.receive(data, stream, now)
-        link.control.held += data
+        if not link.closed:
+            link.control.held += data
         if len(link.control.held) > self.limits.maximum_packet_size:
+            link.control.held.clear()
             self.refuse(R.PACKET_TOO_LARGE, text="too much data before CONNACK")
         return link.take_events()
 
@@ -122,7 +128,8 @@ class ServerEngine:
                 text = f"nothing came for {self.keepalive * 1.5:g} s, one and a half times the keepalive"
                 self._link.disconnect(R.KEEP_ALIVE_TIMEOUT, text, {})
             else:
-                self._link.end(Closed(None, "no CONNECT came in time", False, False))
+                text = "no CONNECT came in time" if self.connect is None else "CONNECT was not answered in time"
+                self._link.end(Closed(None, text, False, False))
         return self._link.take_events()
 
     def take_events(self) -> list[Event]:
@@ -143,30 +150,37 @@ class ServerEngine:
                 flow.write(b"\xd0\x00")
         elif type(packet) is Auth and control:
             self._auth(packet)
+        elif type(packet) is Disconnect and control:
+            self._disconnected(packet)
         elif not link.ready:
             raise ProtocolError("a packet before authentication was over", reason_code=R.PROTOCOL_ERROR)
         elif type(packet) is Subscribe:
-            if len(packet.properties.get(P.SUBSCRIPTION_ID, ())) > 1:
-                raise ProtocolError("two subscription identifiers", reason_code=R.PROTOCOL_ERROR)
             link.events.append(SubscribeRequest(flow.stream, packet))
         elif type(packet) is Unsubscribe:
             link.events.append(UnsubscribeRequest(flow.stream, packet))
-        elif type(packet) is Disconnect and control:
-            self._disconnected(packet)
         else:
             raise ProtocolError("a packet that belongs on the control stream", reason_code=R.PROTOCOL_ERROR)
 
     def _connect(self, connect: Connect) -> None:
         self.connect = connect
         self.keepalive = connect.keepalive
-        self._link.version = V5 if connect.version == V5 else 4
+        self._link.version = V5 if connect.version == V5 else V3
+        limits = self.limits
+        self._link.peer = PeerLimits(receive_maximum=limits.outbound_window)
+        if connect.version == V5:
+            asked = connect.properties
+            self._link.peer = PeerLimits(
+                receive_maximum=asked.get(P.RECEIVE_MAXIMUM, 65_535),
+                maximum_packet_size=asked.get(P.MAXIMUM_PACKET_SIZE, 268_435_460),
+                topic_alias_maximum=min(asked.get(P.TOPIC_ALIAS_MAXIMUM, 0), limits.outbound_alias_maximum),
+            )
         if connect.version != V5 and not connect.client_id and not connect.clean_start:
             self.refuse(R.CLIENT_IDENTIFIER_NOT_VALID)
             return
         will = connect.will
-        if will is not None and will.message.qos > self.limits.maximum_qos:
+        if will is not None and will.message.qos > limits.maximum_qos:
             self.refuse(R.QOS_NOT_SUPPORTED, text="the will's QoS is not supported")
-        elif will is not None and will.message.retain and not self.limits.retain_available:
+        elif will is not None and will.message.retain and not limits.retain_available:
             self.refuse(R.RETAIN_NOT_SUPPORTED, text="a retained will is not supported")
         else:
             self._link.events.append(ConnectRequest(connect))
@@ -174,16 +188,17 @@ class ServerEngine:
     def _auth(self, packet: Auth) -> None:
         method = packet.properties[P.AUTH_METHOD]
         assert self.connect is not None
-        expected = R.RE_AUTHENTICATE if self._link.ready else R.CONTINUE_AUTHENTICATION
-        if method != self.connect.properties.get(P.AUTH_METHOD) or (
-            packet.reason_code != expected and packet.reason_code != R.CONTINUE_AUTHENTICATION
-        ):
+        code = packet.reason_code
+        fits = self._link.ready if code == R.RE_AUTHENTICATE else self._challenged and code != R.SUCCESS
+        if method != self.connect.properties.get(P.AUTH_METHOD) or not fits:
             raise ProtocolError("AUTH with a method or reason that does not fit", reason_code=R.PROTOCOL_ERROR)
         self._challenged = False
         self._link.events.append(AuthChallenge(method, packet.properties.get(P.AUTH_DATA, b""), False))
 
     def _disconnected(self, packet: Disconnect) -> None:
         assert self.connect is not None
+        if P.SERVER_REFERENCE in packet.properties:
+            raise ProtocolError("a client named a server reference", reason_code=R.PROTOCOL_ERROR)
         expiry = packet.properties.get(P.SESSION_EXPIRY)
         if expiry and not self.connect.properties.get(P.SESSION_EXPIRY):
             raise ProtocolError(
@@ -200,6 +215,7 @@ class ServerEngine:
     ) -> None:
         """CONNACK with the limits (and `properties`), then again what is in flight in `session`.
 
+        The authentication method of CONNECT is repeated, as section 4.12 demands.
         SERVER_KEEP_ALIVE among the properties takes effect. Then call `take_events`: a client
         may have sent more right behind CONNECT.
         """
@@ -209,7 +225,6 @@ class ServerEngine:
             return
         limits = self.limits
         found: dict[P, Any] = {}
-        peer = PeerLimits(receive_maximum=limits.outbound_window)
         if connect.version == V5:
             found = {P.RECEIVE_MAXIMUM: limits.receive_maximum, P.MAXIMUM_PACKET_SIZE: limits.maximum_packet_size}
             if limits.topic_alias_maximum:
@@ -218,20 +233,18 @@ class ServerEngine:
                 found[P.MAXIMUM_QOS] = limits.maximum_qos
             if not limits.retain_available:
                 found[P.RETAIN_AVAILABLE] = 0
+            if P.AUTH_METHOD in connect.properties:
+                found[P.AUTH_METHOD] = connect.properties[P.AUTH_METHOD]
             found.update(properties)
-            asked = connect.properties
-            peer = PeerLimits(
-                receive_maximum=asked.get(P.RECEIVE_MAXIMUM, 65_535),
-                maximum_packet_size=asked.get(P.MAXIMUM_PACKET_SIZE, 268_435_460),
-                topic_alias_maximum=min(asked.get(P.TOPIC_ALIAS_MAXIMUM, 0), limits.outbound_alias_maximum),
-            )
             self.keepalive = found.get(P.SERVER_KEEP_ALIVE, self.keepalive)
+        if not self._say_connack(0, session_present, found):
+            link.end(Closed(R.PACKET_TOO_LARGE, "the client takes no packet as large as CONNACK", False, False))
+            return
         link.control.session = session
-        link.control.write(
-            codec.encode_connack(Connack(session_present=session_present, properties=found), link.version)
-        )
         link.last_received = now
-        link.start(link.version, peer, limits.outbound_window)
+        link.start(link.version, link.peer, limits.outbound_window)
+        for token in self._early:
+            link.settle(token, None)
         link.control.resume(dup=True)
         link.release_held()
 
@@ -243,17 +256,26 @@ class ServerEngine:
         found = dict(properties)
         if text:
             found[P.REASON_STRING] = text
-        link.control.write(
-            codec.encode_connack(Connack(reason_code=reason_code, properties=found), link.version)
-        )
+        self._say_connack(reason_code, False, found)
         link.end(Closed(reason_code, text or words(reason_code), False, False))
 
+    def _say_connack(self, code: int, present: bool, found: Mapping[P, Any]) -> bool:
+        def encode(some: Mapping[P, Any]) -> bytes:
+            connack = Connack(reason_code=code, session_present=present, properties=some)
+            return codec.encode_connack(connack, self._link.version)
+
+        return self._link.say(self._link.control, encode, found)
+
     def challenge(self, method: str, data: bytes, *, final: bool = False) -> None:
-        """AUTH: go on, or (`final`, only for a re-authentication) success."""
+        """AUTH: go on, or (`final`, only for a re-authentication) success. Then call `take_events`."""
+        if self._link.closed:
+            return
         code = R.SUCCESS if final else R.CONTINUE_AUTHENTICATION
         found = {P.AUTH_METHOD: method, P.AUTH_DATA: data}
         self._challenged = not final
         self._link.control.write(codec.encode_auth(Auth(reason_code=code, properties=found)))
+        if not self._link.ready:
+            self._link.release_one(self._link.control)
 
     def suback(self, request: SubscribeRequest, codes: Sequence[int], *, text: str = "") -> None:
         """One reason code per subscription of the request."""
@@ -263,21 +285,31 @@ class ServerEngine:
         self._answer(0xB0, request.stream, request.packet.packet_id, codes, "")
 
     def _answer(self, first_byte: int, stream: int, packet_id: int, codes: Sequence[int], text: str) -> None:
-        flow = self._link.flows.get(stream)
-        if flow is None:
+        link = self._link
+        flow = link.flows.get(stream)
+        if flow is None or link.closed:
             return
         found: dict[P, Any] = {}
         if text and self.connect is not None and self.connect.properties.get(P.REQUEST_PROBLEM_INFO, 1):
             found[P.REASON_STRING] = text
-        packet = SubackPacket(packet_id=packet_id, codes=bytes(codes), properties=found)
-        flow.write(codec.encode_suback(first_byte, packet, self._link.version))
+
+        def encode(some: Mapping[P, Any]) -> bytes:
+            packet = SubackPacket(packet_id=packet_id, codes=bytes(codes), properties=some)
+            return codec.encode_suback(first_byte, packet, link.version)
+
+        if not link.say(flow, encode, found):
+            link.disconnect(R.PACKET_TOO_LARGE, "the client does not take the answer to its packet", {})
 
     def settle(self, token: int, reasons: Sequence[int] | None = None) -> None:
         """PUBACK or PUBREC for every message of that `Received`, in order of arrival.
 
-        `reasons` are parallel to its messages (MQTT 5 only); None is success for all.
+        `reasons` are parallel to its messages (MQTT 5 only); None is success for all. A token of an
+        earlier connection of the same session is fine, and `reasons` do not count then.
         """
-        self._link.settle(token, reasons)
+        if self._link.ready:
+            self._link.settle(token, reasons)
+        else:
+            self._early.append(token)
 
     def publish(self, messages: Sequence[Message], keys: Sequence[int], *, stream: int = 0) -> int:
         """Encodes messages from the front as window and buffer allow; returns how many were taken.

@@ -11,7 +11,7 @@ import msgspec
 from ..message import Message
 
 
-class InFlight(msgspec.Struct):
+class InFlight(msgspec.Struct, gc=False):
     """A QoS 1 or 2 message that was sent and is not acknowledged to the end."""
 
     key: int

@@ -89,7 +89,7 @@ class Broker:
         wake = asyncio.Event()
         store, rows = None, None
         if self.options.state_file:
-            store, rows = await Store.open(self.options.state_file, self.options.synchronous)
+            store, rows = await Store.open(str(self.options.state_file), self.options.synchronous)
         async with AsyncExitStack() as stack:
             if store is not None:
                 stack.push_async_callback(store.aclose)

@@ -131,7 +131,7 @@ class Hub:
         if expiry is not None and seconds:
             seconds = int(min(expiry, self.options.max_session_expiry))
         session.outbox.disconnected()
-        for topic_filter in [one for one in session.outbox.filters if one.startswith("$share/")]:
+        for topic_filter in [one for one in session.outbox.filters if seconds and one.startswith("$share/")]:
             group = self.router.group(topic_filter)
             other = group.pick(session.outbox) if group else None
             if other is not None and other.subscriber.online:

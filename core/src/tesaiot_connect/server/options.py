@@ -6,6 +6,7 @@ cannot exceed.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 import attrs
@@ -33,8 +34,8 @@ def _filters(_options: object, attribute: attrs.Attribute[tuple[str, ...]], valu
 class BrokerOptions:
     """The `[broker]` table. The defaults serve trusted clients on one machine of any size."""
 
-    state_file: str = ""
-    """SQLite file that keeps sessions, queues and retained messages over a restart. Empty: memory only."""
+    state_file: Path | None = attrs.field(default=None, converter=attrs.converters.optional(Path))
+    """SQLite file that keeps sessions, queues and retained messages over a restart. Without: memory only."""
     synchronous: Literal["full", "normal"] = "full"
     """"full": what was acknowledged survives a power cut. "normal": it survives a kill of the process."""
 

@@ -391,10 +391,7 @@ class ClientSession:
         if self.link is not None:
             self.link.settle(token, reasons)
         else:
-            unsettled = self.state.unsettled
-            for packet_id in [one for one, holder in unsettled.items() if holder == token]:
-                del unsettled[packet_id]
-                self.state.inbound.add(packet_id)
+            self.state.settle_unconnected(token)
 
 
 class Sessions:

@@ -290,6 +290,12 @@ async def _backpressure(link: Link) -> None:
 @_rule("one task may receive while another sends: both directions flow at the same time.")
 async def _both_ways(link: Link) -> None:
     async with link.open() as ready:
+        receiving = asyncio.create_task(ready.b.receive())
+        await _turns(5)
+        await ready.b.send(b"x")
+        _expect(await ready.a.receive() == b"x", "something else arrived")
+        await ready.a.send(b"y")
+        _expect(await receiving == b"y", "something else arrived")
         data = _pattern(8 * MIB)
         got = await asyncio.gather(_transfer(ready.a, ready.b, data), _transfer(ready.b, ready.a, data))
         _expect(got[0] == data and got[1] == data, "the bytes of the two directions got mixed up")
@@ -507,7 +513,7 @@ async def _many_connections(link: Link) -> None:
 
     async def handler(connection: Connection) -> None:
         stream = await connection.accept_stream()
-        data = await stream.receive()
+        data = await _read_exactly(stream, 2)
         await together.wait()
         await stream.send(data)
         await _drain(stream)

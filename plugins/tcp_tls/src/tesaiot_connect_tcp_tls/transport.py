@@ -178,17 +178,14 @@ class TcpTls:
         if context is not None:
             bounds["ssl_shutdown_timeout"] = 5.0
             bounds["ssl_handshake_timeout"] = self.handshake_timeout if accepted else self.connect_timeout
-        try:
-            if accepted:
-                await loop.connect_accepted_socket(lambda: stream, sock, ssl=context, **bounds)
-            else:
-                name = (self.tls.server_name or self.url.host) if context else None
-                await loop.create_connection(
-                    lambda: stream, sock=sock, ssl=context, server_hostname=name, **bounds
-                )
-        except BaseException:
-            sock.close()
-            raise
+        if accepted:
+            making = loop.connect_accepted_socket(lambda: stream, sock, ssl=context, **bounds)
+        else:
+            name = (self.tls.server_name or self.url.host) if context else None
+            making = loop.create_connection(
+                lambda: stream, sock=sock, ssl=context, server_hostname=name, **bounds
+            )
+        await _to_its_end(loop.create_task(making), sock)
         return StreamConnection(stream, self._peer(stream, where, context), accepted=accepted)
 
     def _peer(self, stream: AsyncioStream, where: str, context: ssl.SSLContext | None) -> Peer:
@@ -356,6 +353,41 @@ def _os_reason(error: OSError) -> tuple[str, str]:
     if number in (errno.EADDRNOTAVAIL, errno.EINVAL) and getattr(error, "local", None):
         return f"cannot connect from {error.local}", "local_address must be of this machine"  # type: ignore[attr-defined]
     return f"{where}: {error.strerror or error}", ""
+
+
+async def _to_its_end(making: asyncio.Task[Any], sock: socket.socket) -> None:
+    """Await `making`, a connection over `sock`, which leaves nothing when it fails or is cancelled.
+
+    Cancelling asyncio's own handshake in its first turn would leave it running, so a cancelled
+    one is ended from below.
+    """
+    try:
+        await asyncio.shield(making)
+        return
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        await asyncio.wait([making])
+        if not making.cancelled() and making.exception() is None:
+            making.result()[0].abort()
+        await _let_go(sock)
+        raise
+    except OSError:
+        await _let_go(sock)
+        raise
+
+
+async def _let_go(sock: socket.socket) -> None:
+    """Wait until the failed transport closed its socket.
+
+    uvloop forgets to tell the socket object when the peer leaves in the first turn: the
+    descriptor is closed, and may be another connection's soon, so the object must not close it.
+    """
+    for _ in range(5):
+        if sock.fileno() < 0:
+            return
+        await asyncio.sleep(0)
+    sock.detach()
 
 
 def _remote(sock: socket.socket) -> Any:

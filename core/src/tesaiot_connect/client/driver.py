@@ -12,17 +12,12 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, Literal
+from typing import Self
 
-import attrs
-
-from .backoff import Backoff
-from .coalesce import Coalescer
-from .errors import ConnectorError, Disconnected, Refused
-from .inbox import Inbox, Switchboard
-from .message import Batch, Delivery, Message
-from .mqtt.client import ClientEngine
-from .mqtt.events import (
+from ..errors import ConnectorError, Disconnected, Refused
+from ..message import Batch, Delivery, Message
+from ..mqtt.client import ClientEngine
+from ..mqtt.events import (
     Acknowledged,
     AuthChallenge,
     Close,
@@ -33,129 +28,23 @@ from .mqtt.events import (
     Send,
     Suback,
 )
-from .mqtt.packets import V3, V5, Connack, Connect, Subscription, Will
-from .mqtt.properties import P
-from .mqtt.reasons import R, words
-from .mqtt.session import Session
-from .mqtt.topics import check_filter
+from ..mqtt.packets import V3, V5, Connack, Subscription
+from ..mqtt.properties import P
+from ..mqtt.reasons import R, words
+from ..mqtt.session import Session
+from ..mqtt.topics import check_filter
+from ..protocols import Auth, ByteStream, Connection, Credentials, Dialer, Login, Reader
+from .coalesce import Coalescer
+from .handshake import connect_packet, explain
+from .inbox import Inbox, Switchboard
+from .options import ClientOptions, ClientState, ClientStatus
 from .outbox import Outbox
-from .protocols import Auth, ByteStream, Connection, Credentials, Dialer, Duration, Login, Reader, Size
 
 log = logging.getLogger(__name__)
 
 _READ = 262_144
-_PERMANENT = frozenset(
-    (
-        R.BAD_USER_NAME_OR_PASSWORD,
-        R.NOT_AUTHORIZED,
-        R.CLIENT_IDENTIFIER_NOT_VALID,
-        R.BANNED,
-        R.BAD_AUTHENTICATION_METHOD,
-        R.UNSUPPORTED_PROTOCOL_VERSION,
-    )
-)
 _STABLE = 5.0
 """Seconds a connection must last for the reconnect delay to start afresh."""
-
-
-def _client_id(_instance: Any, _field: Any, value: str) -> None:
-    if len(value.encode()) > 65535 or "\0" in value:
-        raise ValueError("client_id must be at most 65535 bytes and hold no null character")
-
-
-def _seconds(_instance: Any, field: attrs.Attribute[Any], value: float) -> None:
-    if not 0 <= value <= 65535:
-        raise ValueError(f"{field.name} must be between 0 and 65535 seconds, not {value}")
-
-
-@attrs.frozen(kw_only=True)
-class WillOptions:
-    """What the broker publishes when this client vanishes."""
-
-    topic: str = attrs.field(metadata={"help": "Topic the will is published to."})
-    payload: str = attrs.field(default="", metadata={"help": "Payload of the will, as text."})
-    qos: Literal[0, 1, 2] = attrs.field(default=1, metadata={"help": "QoS of the will."})
-    retain: bool = attrs.field(default=False, metadata={"help": "Whether the will is retained."})
-    delay: Duration = attrs.field(
-        default=Duration(0.0), metadata={"help": "How long the broker waits before it publishes the will (MQTT 5)."}
-    )
-
-
-@attrs.frozen(kw_only=True)
-class ClientOptions:
-    """How a client speaks MQTT: the keys of a connection's table that are not about transport."""
-
-    client_id: str = attrs.field(
-        default="",
-        validator=_client_id,
-        metadata={
-            "help": "Name of the session at the broker. Without one, a random one is used and nothing is kept "
-            "for this client while it does not run."
-        },
-    )
-    protocol: Literal["auto", "5", "3.1.1"] = attrs.field(
-        default="auto", metadata={"help": "MQTT version; auto is 5, or 3.1.1 when the broker refuses 5."}
-    )
-    keepalive: Duration = attrs.field(
-        default=Duration(60.0), validator=_seconds, metadata={"help": "Time between PINGREQs; 0s is never."}
-    )
-    connect_timeout: Duration = attrs.field(
-        default=Duration(10.0), metadata={"help": "How long each endpoint has to accept, and then to send CONNACK."}
-    )
-    clean_session: bool = attrs.field(
-        default=False,
-        metadata={
-            "help": "Start without what the broker kept from an earlier run. Within a run the session is kept "
-            "across reconnects where the protocol allows it (MQTT 5)."
-        },
-    )
-    session_expiry: Duration = attrs.field(
-        default=Duration(7 * 86400.0),
-        metadata={"help": "How long the broker keeps the session while this client is away (MQTT 5)."},
-    )
-    receive_maximum: int = attrs.field(
-        default=65535,
-        validator=[attrs.validators.ge(1), attrs.validators.le(65535)],
-        metadata={"help": "QoS 1 and 2 messages the broker may send before it waits for acknowledgement (MQTT 5)."},
-    )
-    maximum_packet_size: Size = attrs.field(
-        default=Size(16 * 1024 * 1024), metadata={"help": "Largest packet to accept from the broker."}
-    )
-    topic_aliases: int = attrs.field(
-        default=0,
-        validator=[attrs.validators.ge(0), attrs.validators.le(65535)],
-        metadata={"help": "Topic aliases the broker may use towards this client (MQTT 5)."},
-    )
-    will: WillOptions | None = attrs.field(
-        default=None, metadata={"help": "What the broker publishes when this client vanishes."}
-    )
-    reconnect: Backoff = attrs.field(
-        factory=Backoff, metadata={"help": "Delays between attempts to connect, which never end."}
-    )
-
-
-ClientState = Literal["idle", "connecting", "connected", "waiting", "closed"]
-
-
-@attrs.frozen
-class ClientStatus:
-    """A snapshot of a client. `since` is when the state began, in seconds since the epoch."""
-
-    name: str
-    state: ClientState
-    since: float
-    client_id: str
-    endpoint: str = ""
-    transport: str = ""
-    version: str = ""
-    session_present: bool = False
-    connects: int = 0
-    """Connections that were accepted so far."""
-    received: int = 0
-    published: int = 0
-    unrouted: int = 0
-    """Messages that no subscription of this client wanted (left over in an old session)."""
-    last_error: str = ""
 
 
 class _Connection:
@@ -182,7 +71,12 @@ class Client:
     """
 
     def __init__(
-        self, dialer: Dialer, options: ClientOptions | None = None, *, auth: Auth | None = None, name: str = ""
+        self,
+        dialer: Dialer,
+        options: ClientOptions | None = None,
+        *,
+        auth: Auth | None = None,
+        name: str = "",
     ) -> None:
         self._dialer = dialer
         self._options = options or ClientOptions()
@@ -210,7 +104,7 @@ class Client:
         self._endpoint = ""
         self._transport = ""
 
-    async def __aenter__(self) -> Client:
+    async def __aenter__(self) -> Self:
         self._opened = True
         return self
 
@@ -391,7 +285,14 @@ class Client:
             stream = await connection.open_stream()
             credentials = login.credentials if login is not None else Credentials()
             engine = ClientEngine(
-                self._connect_packet(credentials),
+                connect_packet(
+                    self._options,
+                    credentials,
+                    client_id=self._client_id,
+                    version=self._version,
+                    keep_session=self._keep_session,
+                    first=not self._connects,
+                ),
                 self._session,
                 now=asyncio.get_running_loop().time(),
                 connect_timeout=self._options.connect_timeout,
@@ -414,77 +315,13 @@ class Client:
             self._live = None
             connection.abort()
             self._announce()
-        raise self._reason(live, credentials)
-
-    def _connect_packet(self, credentials: Credentials) -> Connect:
-        options = self._options
-        v5 = self._version == V5
-        first = self._connects == 0
-        properties: dict[P, Any] = {}
-        if v5:
-            expiry = min(int(options.session_expiry), 0xFFFFFFFF)
-            if not self._keep_session:
-                expiry = min(expiry, 600)
-            properties = {
-                P.SESSION_EXPIRY: expiry,
-                P.RECEIVE_MAXIMUM: options.receive_maximum,
-                P.MAXIMUM_PACKET_SIZE: int(options.maximum_packet_size),
-            }
-            if options.topic_aliases:
-                properties[P.TOPIC_ALIAS_MAXIMUM] = options.topic_aliases
-            if credentials.method is not None:
-                properties[P.AUTH_METHOD] = credentials.method
-                if credentials.data is not None:
-                    properties[P.AUTH_DATA] = credentials.data
-        will = options.will
-        return Connect(
+        raise explain(
+            live.closed or Closed(None, "the broker closed the connection", True, False),
+            broker=self._endpoint,
             client_id=self._client_id,
-            version=self._version,
-            clean_start=not self._keep_session and (first or not v5),
-            keepalive=int(options.keepalive),
-            username=credentials.username,
-            password=credentials.password,
-            will=None
-            if will is None
-            else Will(Message(will.topic, will.payload.encode(), will.qos, will.retain), int(will.delay)),
-            properties=properties,
-        )
-
-    def _reason(self, live: _Connection, credentials: Credentials) -> ConnectorError:
-        """Why the connection ended, as an error that teaches."""
-        closed = live.closed or Closed(None, "the broker closed the connection", True, False)
-        where = self._endpoint
-        if closed.reason_code is None or not closed.by_peer:
-            if not live.accepted and closed.by_peer and self._options.protocol == "auto" and self._version == V5:
-                # some 3.1.1 brokers close without a word when they are spoken to in MQTT 5
-                return Refused(
-                    f"{where} closed the connection without a CONNACK",
-                    reason_code=R.UNSUPPORTED_PROTOCOL_VERSION,
-                )
-            if not live.accepted:
-                return Disconnected(
-                    f"{where}: {closed.text} before CONNACK",
-                    fix="check that this port speaks MQTT, and the broker's log for why it refused",
-                )
-            return Disconnected(f"{where}: {closed.text}")
-        code = closed.reason_code
-        server = closed.properties.get(P.SERVER_REFERENCE)
-        fix = ""
-        if code in (R.BAD_USER_NAME_OR_PASSWORD, R.NOT_AUTHORIZED):
-            fix = f"check {credentials.origin}" if credentials.origin else "set `auth` for this connection"
-        elif code == R.SESSION_TAKEN_OVER:
-            fix = f"another client uses the client_id {self._client_id!r}: give each its own"
-        elif code == R.CLIENT_IDENTIFIER_NOT_VALID:
-            fix = "set another `client_id`"
-        elif server:
-            fix = f"use the endpoint the broker names: {server}"
-        what = "ended the connection" if live.accepted else "refused the connection"
-        text = closed.text if closed.text and closed.text != words(code) else ""
-        return Refused(
-            f"the broker at {where} {what}: {words(code)}" + (f", {text}" if text else ""),
-            fix=fix,
-            reason_code=code,
-            permanent=code in _PERMANENT and not live.accepted,
+            accepted=live.accepted,
+            origin=credentials.origin,
+            may_fall_back=self._options.protocol == "auto" and self._version == V5,
         )
 
     # --- one connection -------------------------------------------------------------------

@@ -11,10 +11,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from .errors import ConnectorError
-from .message import Batch, Delivery, Message
-from .mqtt.packets import Subscription
-from .mqtt.topics import matches, split_shared
+from ..errors import ConnectorError
+from ..message import Batch, Delivery, Message
+from ..mqtt.packets import Subscription
+from ..mqtt.topics import matches, split_shared
 
 _CACHE_LIMIT = 4096
 
@@ -120,7 +120,9 @@ class Switchboard:
         if identifiers:
             found = self._by_identifiers.get(identifiers)
             if found is None:
-                known = [self.inboxes[one - 1] for one in dict.fromkeys(identifiers) if one <= len(self.inboxes)]
+                known = [
+                    self.inboxes[one - 1] for one in dict.fromkeys(identifiers) if one <= len(self.inboxes)
+                ]
                 found = tuple(known)
                 _remember(self._by_identifiers, identifiers, found)
             if found:
@@ -128,9 +130,7 @@ class Switchboard:
         topic = message.topic
         found = self._by_topic.get(topic)
         if found is None:
-            known = [
-                inbox for inbox in self.inboxes if any(matches(one, topic) for one in inbox.filters)
-            ]
+            known = [inbox for inbox in self.inboxes if any(matches(one, topic) for one in inbox.filters)]
             found = tuple(known)
             _remember(self._by_topic, topic, found)
         return found

@@ -10,9 +10,9 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
-from .errors import ConnectorError, PartialDelivery, PublishRefused
-from .message import Message
-from .mqtt.reasons import R, words
+from ..errors import ConnectorError, PartialDelivery, PublishRefused
+from ..message import Message
+from ..mqtt.reasons import R, words
 
 _SLICE = 1024
 """Messages offered to the engine at a time."""

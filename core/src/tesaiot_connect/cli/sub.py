@@ -1,0 +1,100 @@
+"""`sub`: subscribe, and print what comes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import ProtocolError
+from . import logs
+from .target import client, target_options
+
+if TYPE_CHECKING:
+    from ..client import Client
+    from ..message import Message
+
+
+@click.command("sub")
+@target_options
+@click.argument("filters", metavar="FILTER...", nargs=-1, required=True)
+@click.option("-q", "--qos", type=click.IntRange(0, 2), default=1, show_default=True)
+@click.option("-C", "--count", type=click.IntRange(1), help="End after so many messages.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line, with all a message has.")
+@click.pass_context
+def command(
+    ctx: click.Context,
+    target: str,
+    file: str | None,
+    overrides: tuple[str, ...],
+    env_file: str | None,
+    filters: tuple[str, ...],
+    qos: int,
+    count: int | None,
+    as_json: bool,
+) -> None:
+    """Print topic and payload of every message at TARGET, a URL such as mqtts://host:8883.
+
+    Goes on, through reconnects, until it is interrupted or has --count messages.
+    """
+    from ..mqtt.topics import check_filter
+
+    for one in filters:
+        try:
+            check_filter(one)
+        except ProtocolError as error:
+            raise click.UsageError(str(error)) from error
+    logs.configure("human", "warning", debug=ctx.obj["debug"])
+    chosen = client(target, file, overrides, env_file)
+    try:
+        asyncio.run(_print(chosen, filters, qos, count, as_json))
+    except KeyboardInterrupt:
+        return
+
+
+async def _print(
+    chosen: Client, filters: Sequence[str], qos: int, count: int | None, as_json: bool
+) -> None:
+    from ..mqtt.packets import Subscription
+    from .reach import reach
+
+    render = _as_json if as_json else _as_text
+    output = sys.stdout.buffer
+    left = count
+    async with chosen as connected:
+        subscriptions = [Subscription(one, qos) for one in filters]
+        async with connected.subscribe(subscriptions) as reader:
+            await reach(connected)
+            while left is None or left > 0:
+                delivery = await reader.read()
+                messages = delivery.batch.messages
+                if left is not None:
+                    messages = messages[:left]
+                    left -= len(messages)
+                output.write(b"".join(render(one, delivery.batch.received) for one in messages))
+                output.flush()
+                await delivery.ack()
+
+
+def _as_text(message: Message, _received: float) -> bytes:
+    payload = message.payload.decode("utf-8", "backslashreplace")
+    return f"{message.topic} {payload}\n".encode()
+
+
+def _as_json(message: Message, received: float) -> bytes:
+    import msgspec
+
+    line: dict[str, Any] = {"topic": message.topic}
+    try:
+        line["payload"] = msgspec.json.decode(message.payload)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        try:
+            line["payload"] = message.payload.decode()
+        except UnicodeDecodeError:
+            line["payload_base64"] = base64.b64encode(message.payload).decode()
+    line |= {"qos": message.qos, "retain": message.retain, "time": received}
+    return msgspec.json.encode(line) + b"\n"

@@ -1,0 +1,63 @@
+"""Where `pub` and `sub` connect to: a URL, or a connection of a file.
+
+Owns: the options that say it. Rule: a URL takes the same keys as a connection's table, by --set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import attrs
+import click
+
+from ..errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from ..client import Client, MqttConnection
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def target_options(function: F) -> F:
+    """The argument TARGET with -c, --set and --env-file."""
+    overrides = "A key of the connection, or with -c of the file: --set tls.ca_file=ca.pem. May be repeated."
+    for option in (
+        click.option("--env-file", metavar="FILE", help="NAME=value lines for the variables of FILE."),
+        click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=overrides),
+        click.option("-c", "--config", "file", metavar="FILE", help="TARGET is a connection of this file."),
+        click.argument("target", metavar="TARGET"),
+    ):
+        function = option(function)
+    return function
+
+
+def client(target: str, file: str | None, overrides: tuple[str, ...], env_file: str | None) -> Client:
+    """A client for one connection, not dialed yet. Raises ConfigError.
+
+    A connection's client id gets "-cli" at its end: a pipeline that is running keeps its session.
+    """
+    from ..client import Client
+    from ..config import connection, load
+
+    if file is None:
+        found = connection(target, overrides=overrides)
+        return Client(found.dialer, found.options, auth=found.auth, name=target)
+    known = load(file, overrides=overrides, env_file=env_file).connections
+    if target not in known:
+        from ..config.document import nearest
+
+        fix = nearest(target, known, "connections")
+        raise ConfigError([Problem(file, 0, "", f"there is no connection {target!r}", fix)])
+    return aside(known[target], "cli")
+
+
+def aside(connection: MqttConnection, suffix: str) -> Client:
+    """A client like the connection's own, under another client id, that leaves nothing behind."""
+    from ..client import Client
+
+    name = connection.options.client_id
+    options = attrs.evolve(
+        connection.options, client_id=f"{name}-{suffix}" if name else "", clean_session=True, will=None
+    )
+    return Client(connection.dialer, options, auth=connection.auth, name=connection.name)

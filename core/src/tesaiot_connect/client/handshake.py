@@ -1,0 +1,111 @@
+"""What a client says first, and what it makes of a no.
+
+Owns: CONNECT from the options, and the words for refusals and disconnections.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import Disconnected, Refused
+from ..message import Message
+from ..mqtt.events import Closed
+from ..mqtt.packets import V5, Connect, Will
+from ..mqtt.properties import P
+from ..mqtt.reasons import R, words
+from ..protocols import Credentials
+from .options import ClientOptions
+
+_PERMANENT = frozenset(
+    (
+        R.BAD_USER_NAME_OR_PASSWORD,
+        R.NOT_AUTHORIZED,
+        R.CLIENT_IDENTIFIER_NOT_VALID,
+        R.BANNED,
+        R.BAD_AUTHENTICATION_METHOD,
+        R.UNSUPPORTED_PROTOCOL_VERSION,
+    )
+)
+
+_EXPIRY_WITHIN_RUN = 600
+"""Seconds the broker keeps a session that is only meant to outlive a reconnect."""
+
+
+def connect_packet(
+    options: ClientOptions,
+    credentials: Credentials,
+    *,
+    client_id: str,
+    version: int,
+    keep_session: bool,
+    first: bool,
+) -> Connect:
+    """CONNECT as the options want it. `keep_session`: beyond this run. `first`: of this run."""
+    properties: dict[P, Any] = {}
+    if version == V5:
+        expiry = min(int(options.session_expiry), 0xFFFFFFFF)
+        properties = {
+            P.SESSION_EXPIRY: expiry if keep_session else min(expiry, _EXPIRY_WITHIN_RUN),
+            P.RECEIVE_MAXIMUM: options.receive_maximum,
+            P.MAXIMUM_PACKET_SIZE: int(options.maximum_packet_size),
+        }
+        if options.topic_aliases:
+            properties[P.TOPIC_ALIAS_MAXIMUM] = options.topic_aliases
+        if credentials.method is not None:
+            properties[P.AUTH_METHOD] = credentials.method
+            if credentials.data is not None:
+                properties[P.AUTH_DATA] = credentials.data
+    will = options.will
+    return Connect(
+        client_id=client_id,
+        version=version,
+        clean_start=not keep_session and (first or version != V5),
+        keepalive=int(options.keepalive),
+        username=credentials.username,
+        password=credentials.password,
+        will=None
+        if will is None
+        else Will(Message(will.topic, will.payload.encode(), will.qos, will.retain), int(will.delay)),
+        properties=properties,
+    )
+
+
+def explain(
+    closed: Closed, *, broker: str, client_id: str, accepted: bool, origin: str, may_fall_back: bool
+) -> Disconnected:
+    """`accepted`: CONNACK had said yes. `origin`: where the credentials were set, "" if nowhere.
+
+    With `may_fall_back` a silent end before CONNACK counts as a refusal of the protocol
+    version: some 3.1.1 brokers close without a word when they are spoken to in MQTT 5.
+    """
+    if closed.reason_code is None or not closed.by_peer:
+        if accepted:
+            return Disconnected(f"{broker}: {closed.text}")
+        if closed.by_peer and may_fall_back:
+            return Refused(
+                f"{broker} closed the connection without a CONNACK",
+                reason_code=R.UNSUPPORTED_PROTOCOL_VERSION,
+            )
+        return Disconnected(
+            f"{broker}: {closed.text}, before CONNACK",
+            fix="check that this port speaks MQTT, and the broker's log for why it refused",
+        )
+    code = closed.reason_code
+    server = closed.properties.get(P.SERVER_REFERENCE)
+    fix = ""
+    if code in (R.BAD_USER_NAME_OR_PASSWORD, R.NOT_AUTHORIZED):
+        fix = f"check {origin}" if origin else "set `auth` for this connection"
+    elif code == R.SESSION_TAKEN_OVER:
+        fix = f"another client uses the client_id {client_id!r}: give each its own"
+    elif code == R.CLIENT_IDENTIFIER_NOT_VALID:
+        fix = "set another `client_id`"
+    elif server:
+        fix = f"use the endpoint the broker names: {server}"
+    what = "ended the connection" if accepted else "refused the connection"
+    text = f", {closed.text}" if closed.text and closed.text != words(code) else ""
+    return Refused(
+        f"the broker at {broker} {what}: {words(code)}{text}",
+        fix=fix,
+        reason_code=code,
+        permanent=code in _PERMANENT and not accepted,
+    )

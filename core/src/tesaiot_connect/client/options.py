@@ -1,0 +1,117 @@
+"""How a client is configured and what can be seen of it.
+
+Owns: the keys of a connection's table that are not about transport, and the status snapshot.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import attrs
+
+from ..backoff import Backoff
+from ..protocols import Duration, Size
+
+
+def _client_id(_instance: Any, _field: Any, value: str) -> None:
+    if len(value.encode()) > 65535 or "\0" in value:
+        raise ValueError("client_id must be at most 65535 bytes and hold no null character")
+
+
+def _seconds(_instance: Any, field: attrs.Attribute[Any], value: float) -> None:
+    if not 0 <= value <= 65535:
+        raise ValueError(f"{field.name} must be between 0 and 65535 seconds, not {value}")
+
+
+@attrs.frozen(kw_only=True)
+class WillOptions:
+    """What the broker publishes when this client vanishes."""
+
+    topic: str = attrs.field(metadata={"help": "Topic the will is published to."})
+    payload: str = attrs.field(default="", metadata={"help": "Payload of the will, as text."})
+    qos: Literal[0, 1, 2] = attrs.field(default=1, metadata={"help": "QoS of the will."})
+    retain: bool = attrs.field(default=False, metadata={"help": "Whether the will is retained."})
+    delay: Duration = attrs.field(
+        default=Duration(0.0),
+        metadata={"help": "How long the broker waits before it publishes the will (MQTT 5)."},
+    )
+
+
+@attrs.frozen(kw_only=True)
+class ClientOptions:
+    """How a client speaks MQTT: the keys of a connection's table that are not about transport."""
+
+    client_id: str = attrs.field(
+        default="",
+        validator=_client_id,
+        metadata={
+            "help": "Name of the session at the broker. Without one, a random one is used and nothing is kept "
+            "for this client while it does not run."
+        },
+    )
+    protocol: Literal["auto", "5", "3.1.1"] = attrs.field(
+        default="auto", metadata={"help": "MQTT version; auto is 5, or 3.1.1 when the broker refuses 5."}
+    )
+    keepalive: Duration = attrs.field(
+        default=Duration(60.0), validator=_seconds, metadata={"help": "Time between PINGREQs; 0s is never."}
+    )
+    connect_timeout: Duration = attrs.field(
+        default=Duration(10.0),
+        metadata={"help": "How long each endpoint has to accept, and then to send CONNACK."},
+    )
+    clean_session: bool = attrs.field(
+        default=False,
+        metadata={
+            "help": "Start without what the broker kept from an earlier run. Within a run the session is kept "
+            "across reconnects where the protocol allows it (MQTT 5)."
+        },
+    )
+    session_expiry: Duration = attrs.field(
+        default=Duration(7 * 86400.0),
+        metadata={"help": "How long the broker keeps the session while this client is away (MQTT 5)."},
+    )
+    receive_maximum: int = attrs.field(
+        default=65535,
+        validator=[attrs.validators.ge(1), attrs.validators.le(65535)],
+        metadata={
+            "help": "QoS 1 and 2 messages the broker may send before it waits for acknowledgement (MQTT 5)."
+        },
+    )
+    maximum_packet_size: Size = attrs.field(
+        default=Size(16 * 1024 * 1024), metadata={"help": "Largest packet to accept from the broker."}
+    )
+    topic_aliases: int = attrs.field(
+        default=0,
+        validator=[attrs.validators.ge(0), attrs.validators.le(65535)],
+        metadata={"help": "Topic aliases the broker may use towards this client (MQTT 5)."},
+    )
+    will: WillOptions | None = attrs.field(
+        default=None, metadata={"help": "What the broker publishes when this client vanishes."}
+    )
+    reconnect: Backoff = attrs.field(
+        factory=Backoff, metadata={"help": "Delays between attempts to connect, which never end."}
+    )
+
+
+ClientState = Literal["idle", "connecting", "connected", "waiting", "closed"]
+
+
+@attrs.frozen
+class ClientStatus:
+    """A snapshot of a client. `since` is when the state began, in seconds since the epoch."""
+
+    name: str
+    state: ClientState
+    since: float
+    client_id: str
+    endpoint: str = ""
+    transport: str = ""
+    version: str = ""
+    session_present: bool = False
+    connects: int = 0
+    """Connections that were accepted so far."""
+    received: int = 0
+    published: int = 0
+    unrouted: int = 0
+    """Messages that no subscription of this client wanted (left over in an old session)."""
+    last_error: str = ""

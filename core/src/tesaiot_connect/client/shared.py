@@ -1,0 +1,77 @@
+"""One connection of a configuration, used by many sources and sinks.
+
+Owns: which of them share a client. Rule: a client lives while somebody uses it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import attrs
+
+from ..protocols import Auth, Dialer
+from .driver import Client
+from .options import ClientOptions
+
+
+class MqttConnection:
+    """What `[connections.<name>]` becomes: the clients of one connection, made when needed.
+
+    All sources of a connection share one client and so one session; all its sinks share
+    another, because a sink that waits for its own PUBACKs behind messages that wait for the sink
+    would never end. Where both are used, the sinks' client id is `<client_id>-sink`.
+    """
+
+    def __init__(
+        self, name: str, dialer: Dialer, options: ClientOptions | None = None, auth: Auth | None = None
+    ) -> None:
+        self.name = name
+        self.dialer = dialer
+        self.options = options or ClientOptions()
+        self.auth = auth
+        self._sources = _Shared()
+        self._sinks = _Shared()
+
+    def source_client(self) -> contextlib.AbstractAsyncContextManager[Client]:
+        """The client that reads. Open all sources before the first of them is read: it dials then."""
+        return self._sources.use(lambda: Client(self.dialer, self.options, auth=self.auth, name=self.name))
+
+    def sink_client(self) -> contextlib.AbstractAsyncContextManager[Client]:
+        """The client that publishes. Open sources first, so that it knows of them."""
+
+        def make() -> Client:
+            if not self._sources.client:
+                return Client(self.dialer, self.options, auth=self.auth, name=self.name)
+            own = self.options.client_id and f"{self.options.client_id}-sink"
+            options = attrs.evolve(self.options, client_id=own, will=None)
+            return Client(self.dialer, options, auth=self.auth, name=f"{self.name}-sink")
+
+        return self._sinks.use(make)
+
+    def clients(self) -> list[Client]:
+        """Those that are open now, for status displays."""
+        return [shared.client for shared in (self._sources, self._sinks) if shared.client is not None]
+
+
+class _Shared:
+    """A client that lives while somebody uses it."""
+
+    def __init__(self) -> None:
+        self.client: Client | None = None
+        self._users = 0
+
+    @contextlib.asynccontextmanager
+    async def use(self, make: Callable[[], Client]) -> AsyncIterator[Client]:
+        if self.client is None:
+            self.client = make()
+            await self.client.__aenter__()
+        client = self.client
+        self._users += 1
+        try:
+            yield client
+        finally:
+            self._users -= 1
+            if not self._users:
+                self.client = None
+                await client.__aexit__(None, None, None)
