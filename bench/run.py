@@ -16,6 +16,7 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import shutil
 import socket
 import statistics
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 HERE = Path(__file__).resolve().parent
 MARKER = b"sensor-last"
@@ -39,7 +40,8 @@ endpoints = ["mqtt://127.0.0.1:{port}"]
 [sources.telemetry]
 type = "mqtt"
 connection = "bench"
-subscribe = [{{ filter = "device/+/telemetry/#", qos = {qos} }}]
+subscribe = ["device/+/telemetry/#"]
+qos = {qos}
 
 [sinks.file]
 type = "jsonl"
@@ -122,6 +124,21 @@ def peak_memory_of(pid: int) -> float:
     raise BenchError("no VmHWM")
 
 
+def line_from(pipe: IO[bytes], process: subprocess.Popen[bytes], word: str, seconds: float = 120) -> str:
+    """The next line of an unbuffered pipe that holds `word`; watches that the client lives."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if select.select([pipe], [], [], 0.1)[0]:
+            line = pipe.readline().decode()
+            if word in line:
+                return line
+            if not line:
+                raise BenchError(f"the feed of {process.args!r} ended")
+        elif process.poll() is not None:
+            raise BenchError(f"{process.args!r} ended early with {process.returncode}")
+    raise BenchError(f"{process.args!r} was not served in {seconds:.0f} s")
+
+
 def ends_with_marker(output: Path) -> bool:
     """Whether the marker message is in the last lines of the file."""
     try:
@@ -180,14 +197,12 @@ def check_complete(output: Path, count: int, contender: Contender) -> None:
 def flood(contender: Contender, feeder: Path, qos: int, count: int, folder: Path) -> Run:
     output = folder / f"flood-{contender.name}.jsonl"
     command = [str(feeder), "serve", str(qos), str(count)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=pin(0)) as feed:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, bufsize=0, preexec_fn=pin(0)) as feed:
         assert feed.stdout is not None
         try:
             port = int(feed.stdout.readline().split()[1])
             with client(contender, contender.command(port, qos, output, count), output) as process:
-                report = feed.stdout.readline().split()
-                if len(report) != 6:
-                    raise BenchError(f"the feeder of {contender.name} failed")
+                report = line_from(feed.stdout, process, "acked").split()
                 done = until_written(process, output, 120, exits=False)
                 done = max(done, float(report[5]))
                 cpu, memory = cpu_of(process.pid), peak_memory_of(process.pid)
@@ -198,7 +213,7 @@ def flood(contender: Contender, feeder: Path, qos: int, count: int, folder: Path
 
 
 @contextlib.contextmanager
-def mosquitto(folder: Path) -> Iterator[tuple[int, subprocess.Popen[str]]]:
+def mosquitto(folder: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """A broker whose output tells when somebody has subscribed."""
     tool = shutil.which("mosquitto", path=f"{os.environ['PATH']}:/usr/sbin") or "mosquitto"
     with socket.socket() as probe:
@@ -211,7 +226,7 @@ def mosquitto(folder: Path) -> Iterator[tuple[int, subprocess.Popen[str]]]:
     )
     command = [tool, "-c", str(config)]
     with subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, preexec_fn=pin(0)
+        command, stderr=subprocess.PIPE, bufsize=0, preexec_fn=pin(0)
     ) as broker:
         try:
             deadline = time.monotonic() + 10
@@ -234,9 +249,7 @@ def behind_mosquitto(
     with mosquitto(folder) as (port, broker):
         assert broker.stderr is not None
         with client(contender, contender.command(port, qos, output, count), output) as process:
-            while "device/+/telemetry/#" not in broker.stderr.readline():
-                if process.poll() is not None:
-                    raise BenchError(f"{contender.name} ended with {process.returncode}")
+            line_from(broker.stderr, process, "device/+/telemetry/#")
             before = cpu_of(process.pid)
             command = [str(feeder), "publish", str(port), str(qos), str(count), str(rate)]
             report = subprocess.run(

@@ -62,3 +62,9 @@ def test_it_is_as_small_as_the_guide_says() -> None:
     text = (EXAMPLE / "src/tesaiot_connect_unix/__init__.py").read_text()
     code = [line for line in text.splitlines() if line.strip() and not line.strip().startswith(("#", '"""'))]
     assert len(code) <= 75
+
+
+def test_the_guide_states_every_rule() -> None:
+    guide = (EXAMPLE.parents[1] / "guide/transport-plugins.md").read_text(encoding="utf-8")
+    for check in transport_checks:
+        assert f"| `{check.name}` | {check.rule} |" in guide

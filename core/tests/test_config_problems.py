@@ -33,6 +33,20 @@ class Tcp:
 
 
 @attrs.frozen
+class Plain:
+    """A transport that has no TLS options."""
+
+    schemes: ClassVar[Mapping[str, int]] = {"plain": 0}
+    rank: ClassVar[int] = 1
+    races: ClassVar[bool] = True
+
+    url: Url
+
+    async def connect(self, **_: Any) -> Connection:
+        raise NotImplementedError
+
+
+@attrs.frozen
 class Token:
     """An auth with a secret."""
 
@@ -48,7 +62,7 @@ class Fake:
     @staticmethod
     @hookspecs.hookimpl
     def tesaiot_transports() -> dict[str, Any]:
-        return {"tcp_tls": Tcp}
+        return {"tcp_tls": Tcp, "plain": Plain}
 
     @staticmethod
     @hookspecs.hookimpl
@@ -176,6 +190,12 @@ WRONG: dict[str, tuple[str, list[str]]] = {
     "typo in an inherited table": (
         add("connections.platform", 'tls = { ca_fil = "ca.pem" }'),
         [":2: connections.platform.tls.ca_fil: unknown key", "'ca_file'"],
+    ),
+    "table that nobody takes": (
+        change("mqtts://broker.example:8883", "plain://broker.example").replace(
+            "[sources.telemetry]", 'tls = { ca_file = "ca.pem" }\n[sources.telemetry]'
+        ),
+        [":6: connections.platform.tls: no endpoint of this connection has TLS options"],
     ),
     "out of range": (
         add("connections.platform", "receive_maximum = 70000"),

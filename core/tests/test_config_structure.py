@@ -148,8 +148,8 @@ def test_wrong(kind: Any, text: str) -> None:
 
 
 def test_places_inside_containers() -> None:
-    assert read("x = { a = 1, b = 'c' }", dict[str, int]) == ["x.b: expected a whole number, got \"c\""]
-    assert read("x = [[1], ['a']]", list[list[int]]) == ["x[1][0]: expected a whole number, got \"a\""]
+    assert read("x = { a = 1, b = 'c' }", dict[str, int]) == ['x.b: expected a whole number, got "c"']
+    assert read("x = [[1], ['a']]", list[list[int]]) == ['x[1][0]: expected a whole number, got "a"']
     assert read("x = [{ number = 1.5, form = '' }, {}]", list[Inner]) == [
         "x[0].number: expected a whole number, got 1.5",
         "x[0].form: unknown key",

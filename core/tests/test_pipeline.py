@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -15,7 +15,14 @@ import pytest
 
 from tesaiot_connect.backoff import Backoff
 from tesaiot_connect.builtin import JsonSerializer, MemorySink, MemorySource, MsgpackSerializer, RawPayload
-from tesaiot_connect.errors import Disconnected, EndOfInput, EndOfOutput, PartialDelivery, PayloadError, PublishRefused
+from tesaiot_connect.errors import (
+    Disconnected,
+    EndOfInput,
+    EndOfOutput,
+    PartialDelivery,
+    PayloadError,
+    PublishRefused,
+)
 from tesaiot_connect.message import Batch, Delivery, Message, Properties, Record, Route
 from tesaiot_connect.pipeline import PipelineSpec, SinkSpec, SourceSpec
 from tesaiot_connect.protocols import Duration
@@ -97,7 +104,7 @@ class Faulty:
                 result = sink.fault(number, batch)
                 if asyncio.iscoroutine(result):
                     await result
-                sink.into += batch.messages if isinstance(batch, Batch) else batch
+                sink.into.extend(batch.messages if isinstance(batch, Batch) else batch)
 
         try:
             yield Writer()
@@ -123,8 +130,10 @@ def raising(errors: dict[int, BaseException]) -> Callable[[int, Any], None]:
 def pipeline(source: Any, *sinks: Any, **options: Any) -> PipelineSpec:
     serializer = options.pop("serializer", JsonSerializer())
     fields = options.pop("topic_fields", None)
-    spec = source if isinstance(source, SourceSpec) else SourceSpec(
-        name="in", recipe=source, serializer=serializer, topic_fields=fields
+    spec = (
+        source
+        if isinstance(source, SourceSpec)
+        else SourceSpec(name="in", recipe=source, serializer=serializer, topic_fields=fields)
     )
     return PipelineSpec(
         name=options.pop("name", "p"),
@@ -138,12 +147,12 @@ def pipeline(source: Any, *sinks: Any, **options: Any) -> PipelineSpec:
     )
 
 
-def go(*pipelines: PipelineSpec, **options: Any) -> Summary:
-    async def main() -> Summary:
-        async with asyncio.timeout(30):
-            return await run(pipelines, **options)
+def within_30_s(main: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    return asyncio.run(asyncio.wait_for(main(), 30))
 
-    return asyncio.run(main())
+
+def go(*pipelines: PipelineSpec, **options: Any) -> Summary:
+    return within_30_s(lambda: run(pipelines, **options))
 
 
 def test_everything_arrives_in_order_decoded_and_acknowledged() -> None:
@@ -180,7 +189,7 @@ def test_nothing_is_acknowledged_before_every_sink_has_it() -> None:
         gate.set()
         await task
 
-    asyncio.run(main())
+    within_30_s(main)
     assert source.settled == [0]
     assert numbers(slow.into) == numbers(quick.into) == list(range(5))
 
@@ -313,7 +322,11 @@ def test_dead_letters_keep_topic_payload_error_and_time() -> None:
     dead = MemorySink()
     summary = go(
         pipeline(
-            source, sink, on_error="dead_letter", max_attempts=2, dead_letter=SinkSpec(name="dead", recipe=dead)
+            source,
+            sink,
+            on_error="dead_letter",
+            max_attempts=2,
+            dead_letter=SinkSpec(name="dead", recipe=dead),
         )
     )
     assert [one.topic for one in sink.into] == ["device/d2/telemetry/t"]
@@ -467,7 +480,9 @@ def test_a_process_that_keeps_raising_loses_only_what_it_raises_on(on_error: Any
 
     source, sink, dead = Tracked(batches(10)), MemorySink(), MemorySink()
     letters = SinkSpec(name="dead", recipe=dead) if on_error == "dead_letter" else None
-    summary = go(pipeline(source, sink, process=process, on_error=on_error, max_attempts=2, dead_letter=letters))
+    summary = go(
+        pipeline(source, sink, process=process, on_error=on_error, max_attempts=2, dead_letter=letters)
+    )
     assert numbers(sink.into) == [0, 1, 2, 4, 5, 6, 7, 8, 9]
     assert source.settled == [0, 1]
     stats = summary.pipelines[0]
@@ -555,33 +570,39 @@ def test_a_slow_pipeline_holds_a_shared_source_back() -> None:
         gate.set()
         await task
 
-    asyncio.run(main())
+    within_30_s(main)
     assert numbers(slow.into) == numbers(quick.into) == list(range(500))
 
 
-def test_no_source_is_read_before_everything_was_opened() -> None:
+def test_sources_are_opened_before_sinks_and_both_before_anything_is_read() -> None:
     order: list[str] = []
 
     @attrs.frozen
     class Recorded:
-        name: str
+        kind: str
+        reads: str = "records"
 
         @asynccontextmanager
         async def open(self) -> AsyncIterator[Any]:
-            for _ in range(10):
+            for _ in range(10 if self.kind == "source" else 3):
                 await asyncio.sleep(0)
-            order.append(f"open {self.name}")
-            name = self.name
+            order.append(self.kind)
 
-            class Reader:
+            class Live:
                 async def read(self) -> Delivery:
-                    order.append(f"read {name}")
+                    order.append("read")
                     raise EndOfInput
 
-            yield Reader()
+            yield Live()
 
-    go(pipeline(Recorded("a"), MemorySink(), name="a"), pipeline(Recorded("b"), MemorySink(), name="b"))
-    assert [entry.split()[0] for entry in order] == ["open", "open", "read", "read"]
+    source, sink = Recorded("source"), Recorded("sink")
+    shared = SourceSpec(name="in", recipe=source, serializer=JsonSerializer())
+    go(
+        pipeline(source, sink, sink, name="a"),
+        pipeline(shared, sink, name="b"),
+        pipeline(shared, sink, name="c"),
+    )
+    assert order == ["source"] * 2 + ["sink"] * 4 + ["read"] * 2
 
 
 # --- stopping -----------------------------------------------------------------------------
@@ -604,7 +625,7 @@ def test_a_stop_settles_what_was_read_and_reads_no_more() -> None:
         gate.set()
         return await task
 
-    summary = asyncio.run(main())
+    summary = within_30_s(main)
     assert numbers(sink.into) == list(range(25))
     assert source.settled == [0, 1, 2, 3, 4]
     assert summary.stopped
@@ -622,7 +643,7 @@ def test_a_stop_ends_a_read_that_waits() -> None:
         stop.set()
         return await task
 
-    summary = asyncio.run(main())
+    summary = within_30_s(main)
     assert summary.drained
     assert numbers(sink.into) == list(range(10))
 
@@ -634,13 +655,15 @@ def test_a_stop_drains_a_shared_source() -> None:
 
     async def main() -> Summary:
         stop = asyncio.Event()
-        task = asyncio.create_task(run([pipeline(source, one, name="a"), pipeline(source, two, name="b")], stop=stop))
+        task = asyncio.create_task(
+            run([pipeline(source, one, name="a"), pipeline(source, two, name="b")], stop=stop)
+        )
         while len(one.into) < 50:
             await asyncio.sleep(0)
         stop.set()
         return await task
 
-    summary = asyncio.run(main())
+    summary = within_30_s(main)
     assert numbers(one.into) == numbers(two.into)
     assert len(recipe.settled) == summary.pipelines[0].batches == len(one.into) // 5
     assert summary.drained
@@ -657,7 +680,7 @@ def test_a_sink_that_is_down_cannot_hold_a_stop_for_ever() -> None:
         stop.set()
         return await run([pipeline(source, Faulty(fault))], stop=stop, drain_timeout=0.05)
 
-    summary = asyncio.run(main())
+    summary = within_30_s(main)
     assert source.settled == []
     assert summary.stopped
 
@@ -667,6 +690,7 @@ def test_cancelling_stops_at_once_and_closes_everything() -> None:
     sink = Faulty(lambda _n, _b: asyncio.Event().wait())
 
     async def main() -> None:
+        before = asyncio.all_tasks()
         task = asyncio.create_task(run([pipeline(source, sink, MemorySink())]))
         while not sink.opened:
             await asyncio.sleep(0)
@@ -675,9 +699,9 @@ def test_cancelling_stops_at_once_and_closes_everything() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert asyncio.all_tasks() == {asyncio.current_task()}
+        assert asyncio.all_tasks() == before
 
-    asyncio.run(main())
+    within_30_s(main)
     assert source.settled == []
     assert len(sink.closed) == 1
 

@@ -59,6 +59,8 @@ class AsyncioStream(asyncio.Protocol):
 
     `explain` puts the error of a broken connection into words (`tls.explain_tls` knows TLS alerts).
     `half_close` says that the transport can end one direction alone; TLS over TCP cannot.
+    `silent` is what receiving raises when the peer leaves before it sent a single byte, where that
+    has a meaning (TLS 1.3: this is how a server rejects a client's certificate).
     """
 
     def __init__(
@@ -66,11 +68,13 @@ class AsyncioStream(asyncio.Protocol):
         *,
         explain: Explain = explain_os_error,
         half_close: bool = True,
+        silent: Disconnected | None = None,
         high_water: int = HIGH_WATER,
         close_timeout: float = CLOSE_TIMEOUT,
     ) -> None:
         self._explain = explain
         self._half_close = half_close
+        self._silent = silent
         self._high_water = high_water
         self._close_timeout = close_timeout
         self._loop = asyncio.get_running_loop()
@@ -118,6 +122,8 @@ class AsyncioStream(asyncio.Protocol):
     def eof_received(self) -> bool:
         self._eof = True
         self._by_peer = self._by_peer or not self._closing
+        if self._by_peer and not self.bytes_received:
+            self._error = self._silent
         self._wake(self._ended)
         self._wake_reader()
         return self._half_close  # True keeps our own direction open
@@ -136,6 +142,8 @@ class AsyncioStream(asyncio.Protocol):
             self._error = self._explain(exc)
         elif not self._closing:
             self._eof = self._by_peer = True
+        if self._by_peer and not self.bytes_received:
+            self._error = self._error or self._silent
         self._wake(self._ended)
         self._wake(self._gone)
         self._wake_reader()
@@ -241,6 +249,11 @@ class AsyncioStream(asyncio.Protocol):
     def transport(self) -> asyncio.Transport:
         """The asyncio transport, for `get_extra_info`."""
         return self._live
+
+    @property
+    def error(self) -> Disconnected | None:
+        """Why it broke; None where it did not."""
+        return self._error
 
     @property
     def state(self) -> State:

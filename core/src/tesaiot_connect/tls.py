@@ -309,7 +309,10 @@ def tls_reason(error: BaseException) -> tuple[str, str]:
             "check the port: 8883 is MQTT over TLS, 1883 is plain (mqtt://)",
         )
     if isinstance(error, ssl.SSLEOFError) or "EOF" in reason:
-        return ("the peer hung up during the TLS handshake", "check that the port speaks TLS")
+        return (
+            "the peer hung up during the TLS handshake",
+            "check that the port speaks TLS, in a version that `minimum_version` allows",
+        )
     return (f"TLS failed: {reason or error}", "")
 
 

@@ -7,6 +7,7 @@ import socket
 from typing import Any
 
 import pytest
+
 from tesaiot_connect_tcp_tls.dial import Address, alternate, race
 
 V4, V6 = socket.AF_INET, socket.AF_INET6

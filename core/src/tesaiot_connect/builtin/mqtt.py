@@ -14,17 +14,13 @@ from typing import Any, ClassVar, Literal
 import attrs
 import msgspec
 
-from ..client import Client
+from ..client import Client, MqttConnection
 from ..errors import ConnectorError, Disconnected, EndOfInput
 from ..message import Batch, Delivery, Message
 from ..mqtt.packets import Subscription
 from ..mqtt.topics import check_filter, check_topic
 from ..protocols import Duration, Reader, Size, Writer
 
-try:  # TEMPORARY
-    from ..client import MqttConnection
-except ImportError:
-    MqttConnection = Any  # type: ignore
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}

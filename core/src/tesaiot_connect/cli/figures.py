@@ -30,10 +30,10 @@ def table(stats: Sequence[PipelineStats]) -> Table:
     """One row for each sink of each pipeline."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     made.add_column("pipeline")
-    for name in ("received", "per second", "acknowledged"):
+    for name in ("received", "per s", "acked"):
         made.add_column(name, justify="right")
     made.add_column("sink")
-    for name in ("written", "retries", "dropped", "dead letters"):
+    for name in ("written", "retries", "dropped", "dead"):
         made.add_column(name, justify="right")
     made.add_column("state")
     for pipeline in stats:

@@ -52,7 +52,7 @@ def command(
     config = load(file, overrides=overrides, env_file=env_file)
     logs.configure(log_format, log_level, debug=ctx.obj["debug"])
     for warning in config.warnings:
-        log.warning("%s", warning)
+        log.info("note: %s", warning)
     with _figures(log_format) as on_stats:
         summary = run_blocking(
             config.pipelines, uvloop=True, once=once, require_healthy=require_healthy, on_stats=on_stats

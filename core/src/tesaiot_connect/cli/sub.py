@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -48,7 +49,7 @@ def command(
             check_filter(one)
         except ProtocolError as error:
             raise click.UsageError(str(error)) from error
-    logs.configure("human", "warning", debug=ctx.obj["debug"])
+    logs.configure("human", "error", debug=ctx.obj["debug"])
     chosen = client(target, file, overrides, env_file)
     try:
         asyncio.run(_print(chosen, filters, qos, count, as_json))
@@ -56,9 +57,7 @@ def command(
         return
 
 
-async def _print(
-    chosen: Client, filters: Sequence[str], qos: int, count: int | None, as_json: bool
-) -> None:
+async def _print(chosen: Client, filters: Sequence[str], qos: int, count: int | None, as_json: bool) -> None:
     from ..mqtt.packets import Subscription
     from .reach import reach
 
@@ -68,7 +67,9 @@ async def _print(
     async with chosen as connected:
         subscriptions = [Subscription(one, qos) for one in filters]
         async with connected.subscribe(subscriptions) as reader:
-            await reach(connected)
+            await reach(connected)  # a failure so far is the command's own message
+            if logging.getLogger().level > logging.WARNING:
+                logging.getLogger().setLevel(logging.WARNING)
             while left is None or left > 0:
                 delivery = await reader.read()
                 messages = delivery.batch.messages

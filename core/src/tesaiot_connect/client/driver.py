@@ -45,6 +45,8 @@ log = logging.getLogger(__name__)
 _READ = 262_144
 _STABLE = 5.0
 """Seconds a connection must last for the reconnect delay to start afresh."""
+_FLUSH = 2.0
+"""Seconds a connection that is over has to take the last words."""
 
 
 class _Connection:
@@ -57,6 +59,8 @@ class _Connection:
         self.login = login
         self.closed: Closed | None = None
         self.accepted = False
+        self.flushing = False
+        """The engine has said its last: the writer flushes that and closes."""
         self.wake = asyncio.Event()
         """There may be something to write, or a deadline has moved."""
         self.subacks: dict[int, tuple[Inbox, ...]] = {}
@@ -305,10 +309,8 @@ class Client:
             try:
                 await self._read(live)
             finally:
-                if live.closed is None or not writer.done():
-                    with contextlib.suppress(TimeoutError, ConnectorError):
-                        async with asyncio.timeout(2):
-                            await asyncio.shield(asyncio.wait([writer]))
+                if live.flushing:
+                    await asyncio.wait([writer], timeout=_FLUSH)
                 writer.cancel()
                 await asyncio.wait([writer])
         finally:
@@ -374,7 +376,8 @@ class Client:
                 else:
                     live.engine.auth(await live.login.respond(event.data))
             elif isinstance(event, Closed):
-                live.closed = event
+                live.closed = live.closed or event
+                live.flushing = True
                 live.wake.set()
             else:
                 raise AssertionError(f"{type(event).__name__} is no event of a client's control stream")

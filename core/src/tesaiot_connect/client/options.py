@@ -45,8 +45,8 @@ class ClientOptions:
         default="",
         validator=_client_id,
         metadata={
-            "help": "Name of the session at the broker. Without one, a random one is used and nothing is kept "
-            "for this client while it does not run."
+            "help": "Name of the session at the broker. Without one, a random one is used and nothing is "
+            "kept for this client while it does not run."
         },
     )
     protocol: Literal["auto", "5", "3.1.1"] = attrs.field(
@@ -62,8 +62,8 @@ class ClientOptions:
     clean_session: bool = attrs.field(
         default=False,
         metadata={
-            "help": "Start without what the broker kept from an earlier run. Within a run the session is kept "
-            "across reconnects where the protocol allows it (MQTT 5)."
+            "help": "Start without what the broker kept from an earlier run. Within a run the session is "
+            "kept across reconnects where the protocol allows it (MQTT 5)."
         },
     )
     session_expiry: Duration = attrs.field(

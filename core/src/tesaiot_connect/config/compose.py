@@ -147,6 +147,8 @@ class Composer:
             written = f'"{endpoints}"' if isinstance(endpoints, str) else '"mqtts://broker.example:8883"'
             self.doc.problem(where, what, f"Write endpoints = [{written}], best first")
         dialed = [transport for transport in transports if transport is not None]
+        if "tls" in table and dialed and not any("tls" in keys(type(one)) for one in dialed):
+            self.doc.problem((*path, "tls"), "no endpoint of this connection has TLS options", "Remove it")
         if options is None or ("auth" in table and auth is None) or len(dialed) < max(1, len(transports)):
             return None
         dialer = InOrder(dialed, timeout=options.connect_timeout)
@@ -177,9 +179,7 @@ class Composer:
             inherited = inherits and place[len(path) : len(path) + 1] == ("tls",)
             return (*path[:-2], *place[len(path) :]) if inherited else place
 
-        made: Transport | None = self.structure(
-            path, {"url": url, **rest}, kind, also=("via",), moved=moved
-        )
+        made: Transport | None = self.structure(path, {"url": url, **rest}, kind, also=("via",), moved=moved)
         return made
 
     def transport(self, path: Path, url: Url, via: str, via_path: Path) -> tuple[Url, Any]:

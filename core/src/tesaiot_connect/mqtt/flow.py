@@ -360,11 +360,23 @@ class Flow:
         """Acknowledge what the token holds, once all before it are. False: not of this connection.
 
         `reasons` are parallel to the messages of its `Received`."""
-        if token not in self._pending:
+        pending = self._pending.get(token)
+        if pending is None:
             return False
         self._settled[token] = reasons
-        self._release_settled()
+        if self._order[0] == token:
+            self._release_settled()
+        elif pending.qos is not None:
+            # it has to wait its turn, but is safe even if the connection breaks before that
+            for index, packet_id in enumerate(pending.ids):
+                if pending.qos[index] == 2:
+                    self._safe(packet_id, reasons[index] if reasons is not None and self._v5 else 0)
         return True
+
+    def _safe(self, packet_id: int, reason: int) -> None:
+        self.session.unsettled.pop(packet_id, None)
+        if reason < 0x80:
+            self.session.inbound.add(packet_id)
 
     def _release_settled(self) -> None:
         order, settled = self._order, self._settled
@@ -391,7 +403,6 @@ class Flow:
             words[1::2] = ids
             self.write(struct.pack(f">{2 * count}H", *words))
             return
-        session = self.session
         out = bytearray()
         for index, packet_id in enumerate(ids):
             if not packet_id:
@@ -400,9 +411,8 @@ class Flow:
             first = 0x40
             if qos is not None and qos[index] == 2:
                 first = 0x50
-                session.unsettled.pop(packet_id, None)
+                self._safe(packet_id, reason)
                 if reason < 0x80:
-                    session.inbound.add(packet_id)
                     self._open.add(packet_id)
             out += bytes((first, 3 if reason else 2)) + packet_id.to_bytes(2)
             if reason:

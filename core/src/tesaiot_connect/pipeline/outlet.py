@@ -260,6 +260,7 @@ class Worker:
 
     async def run(self, opened: asyncio.Barrier, *, must: float | None) -> None:
         try:
+            await opened.wait()
             await self._outlet.start(must=must)
             await opened.wait()
             if must is not None:

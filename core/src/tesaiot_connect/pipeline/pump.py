@@ -180,6 +180,7 @@ class Tee:
         try:
             await feed.start(must=must)
             await opened.wait()
+            await opened.wait()
             if must is not None:
                 await feed.ready(must)
             while (delivery := await feed.read()) is not None:
@@ -253,13 +254,14 @@ class Pump:
         return [*self._others, self._dead] if self._dead else self._others
 
     async def run(self, opened: asyncio.Barrier, *, must: float | None) -> None:
-        """Until the source has no more or is stopped. Opens everything, and meets the others at
-        `opened` before it moves data. With `must`, what is not `ready` in that many seconds raises."""
+        """Until the source has no more or is stopped. Meets the others at `opened` twice: when the
+        sources are open, and when the sinks are; only then it moves data. With `must`, what is not `ready` in that many seconds raises."""
         async with asyncio.TaskGroup() as group:
             for worker in self._workers:
                 group.create_task(worker.run(opened, must=must))
             try:
                 await self._source.start(must=must)
+                await opened.wait()
                 await self._first.start(must=must)
                 await opened.wait()
                 if must is not None:

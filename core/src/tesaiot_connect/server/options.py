@@ -54,6 +54,7 @@ class BrokerOptions:
     """From the transport's connection to the end of authentication."""
 
     max_packet_size: Size = attrs.field(default=Size(1024 * 1024), validator=attrs.validators.ge(Size(1024)))
+    """Larger packets end the connection (0x95); MQTT 5 clients are told the bound."""
     receive_maximum: int = attrs.field(default=1024, validator=[_at_least_one, _u16])
     """QoS 1 and 2 messages a client may have unacknowledged with us; a client beyond is not read (3.1.1)
     or disconnected (MQTT 5, 0x93)."""
@@ -66,7 +67,9 @@ class BrokerOptions:
     )
     """Topic aliases per connection, each way."""
     maximum_qos: Literal[0, 1, 2] = 2
+    """Higher ones are not accepted; MQTT 5 clients are told."""
     retain_available: bool = True
+    """Whether messages may be retained."""
 
     max_queue_messages: int = attrs.field(default=100_000, validator=_at_least_one)
     """Per client: queued and in flight."""
@@ -79,7 +82,9 @@ class BrokerOptions:
     queue_qos0: bool = False
     """Whether QoS 0 messages too are queued (in memory) for a client that is away."""
     max_retained: int = attrs.field(default=100_000, validator=_not_negative)
+    """Retained messages of all topics together."""
     max_retained_bytes: Size = attrs.field(default=Size(256 * 1024 * 1024), validator=_not_negative)
+    """Likewise in bytes; an estimate of the memory held."""
 
     deny_subscribe: tuple[str, ...] = attrs.field(default=(), validator=_filters)
     """A subscription that one of these filters covers entirely is refused (0x80). It hides

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
 
 import attrs
 
@@ -45,17 +46,14 @@ class Faulty:
     def url(self) -> Url | None:
         return getattr(self.inner, "url", None)
 
-    @property
-    def schemes(self) -> Mapping[str, int]:
-        return self.inner.schemes
-
-    @property
-    def rank(self) -> int:
-        return self.inner.rank
-
-    @property
-    def races(self) -> bool:
-        return self.inner.races
+    if TYPE_CHECKING:  # what the contract has on the class is the inner transport's here
+        schemes: ClassVar[Mapping[str, int]]
+        rank: ClassVar[int]
+        races: ClassVar[bool]
+    else:
+        schemes = property(lambda self: self.inner.schemes)
+        rank = property(lambda self: self.inner.rank)
+        races = property(lambda self: self.inner.races)
 
     async def connect(self, *, identity: ClientCertificate | None = None, early: bytes = b"") -> Connection:
         self.connects += 1

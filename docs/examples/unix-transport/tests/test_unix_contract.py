@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tesaiot_connect_unix import Unix
 
-from tesaiot_connect.protocols import Url
+from tesaiot_connect import Url
 from tesaiot_connect.testing import TransportCheck, transport_checks
 
 if not hasattr(socket, "AF_UNIX"):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tesaiot_connect.hookspecs import hookimpl
-from tesaiot_connect.protocols import Transport
+from tesaiot_connect import Transport, hookimpl
 
 from .transport import TcpTls
 

@@ -18,17 +18,24 @@ from typing import Any, ClassVar
 
 import attrs
 
-from tesaiot_connect.errors import ConnectFailed, ConnectorError
-from tesaiot_connect.protocols import (
+from tesaiot_connect import (
+    AsyncioStream,
     ClientCertificate,
+    ConnectFailed,
     Connection,
+    ConnectorError,
+    Disconnected,
     Duration,
     Handler,
     Peer,
+    ServerTls,
+    StreamConnection,
+    TlsOptions,
     Url,
+    accepting,
+    certificate_facts,
+    explain_tls,
 )
-from tesaiot_connect.streams import AsyncioStream, StreamConnection, accepting
-from tesaiot_connect.tls import ServerTls, TlsOptions, certificate_facts, explain_tls
 
 from .dial import Address, alternate, race, resolve, tune
 
@@ -170,10 +177,17 @@ class TcpTls:
     async def _wrap(
         self, sock: socket.socket, context: ssl.SSLContext | None, *, accepted: bool
     ) -> StreamConnection:
-        """Owns the socket from here on."""
+        """Owns the socket from here on. Raises OSError, ConnectFailed."""
         loop = asyncio.get_running_loop()
         where = _text(_remote(sock))
-        stream = AsyncioStream(explain=explain_tls, half_close=context is None)
+        silent = None
+        if context is not None and not accepted:
+            silent = Disconnected(
+                f"{self._place} closed the connection right after the TLS handshake",
+                fix="it may require a client certificate, or not accept the one it was shown: "
+                'see auth = { type = "mtls", ... } and the log of the server',
+            )
+        stream = AsyncioStream(explain=explain_tls, half_close=context is None, silent=silent)
         bounds: dict[str, Any] = {}
         if context is not None:
             bounds["ssl_shutdown_timeout"] = 5.0
@@ -186,7 +200,13 @@ class TcpTls:
                 lambda: stream, sock=sock, ssl=context, server_hostname=name, **bounds
             )
         await _to_its_end(loop.create_task(making), sock)
-        return StreamConnection(stream, self._peer(stream, where, context), accepted=accepted)
+        try:
+            peer = self._peer(stream, where, context)
+        except ValueError:  # TLS broke since: a rejection may follow the handshake at once
+            await stream.wait_gone()
+            told = stream.error or Disconnected("the peer left right after the TLS handshake")
+            raise ConnectFailed(f"{self._place}: {told.what}", fix=told.fix) from told
+        return StreamConnection(stream, peer, accepted=accepted)
 
     def _peer(self, stream: AsyncioStream, where: str, context: ssl.SSLContext | None) -> Peer:
         tls = stream.transport.get_extra_info("ssl_object")
@@ -209,7 +229,10 @@ class TcpTls:
             what += f" ({facts})" if facts else ""
         elif not isinstance(error, ssl.SSLError):
             what = f"{self._place} broke off the TLS handshake: {told.what}"
-        return ConnectFailed(what, fix=told.fix or "check that the port speaks TLS")
+        return ConnectFailed(
+            what,
+            fix=told.fix or "check that the port speaks TLS, in a version that `minimum_version` allows",
+        )
 
     async def _diagnose(self, address: Address) -> str:
         """Names and dates of a certificate that was rejected, "" where they cannot be had."""

@@ -12,10 +12,20 @@ from typing import ClassVar
 
 import attrs
 
-from tesaiot_connect.errors import ConnectFailed, ConnectorError
-from tesaiot_connect.hookspecs import hookimpl
-from tesaiot_connect.protocols import ClientCertificate, Connection, Handler, Peer, Transport, Url
-from tesaiot_connect.streams import AsyncioStream, StreamConnection, accepting
+from tesaiot_connect import (
+    AsyncioStream,
+    ClientCertificate,
+    ConnectFailed,
+    Connection,
+    ConnectorError,
+    Handler,
+    Peer,
+    StreamConnection,
+    Transport,
+    Url,
+    accepting,
+    hookimpl,
+)
 
 
 @attrs.frozen
