@@ -24,7 +24,9 @@ from tesaiot_connect.protocols import Duration, Sink, Size, Source
 TOPIC = "device/d1/telemetry/t"
 
 
-def record(value: Any, topic: str = TOPIC, fields: dict[str, str] | None = None, time: float = 1000.5) -> Record:
+def record(
+    value: Any, topic: str = TOPIC, fields: dict[str, str] | None = None, time: float = 1000.5
+) -> Record:
     return Record(Route(topic, fields or {}), time, value, Message(topic, b""))
 
 
@@ -57,10 +59,13 @@ def test_a_line_has_topic_fields_time_and_value(tmp_path: Path) -> None:
     fields = {"device_id": 'd"1\\', "kind": "é"}
     write(JsonlSink(path=path), [record(msgspec.Raw(b'{"v": 1.0}'), fields=fields), record([1, None])])
     first, second = path.read_bytes().splitlines()
-    assert first == (
-        '{"topic":"device/d1/telemetry/t","device_id":"d\\"1\\\\","kind":"é",'
-        '"time":1000.500000,"value":{"v": 1.0}}'
-    ).encode()
+    assert (
+        first
+        == (
+            '{"topic":"device/d1/telemetry/t","device_id":"d\\"1\\\\","kind":"é",'
+            '"time":1000.500000,"value":{"v": 1.0}}'
+        ).encode()
+    )
     assert list(msgspec.json.decode(first)) == ["topic", "device_id", "kind", "time", "value"]
     assert msgspec.json.decode(second)["value"] == [1, None]
 
@@ -69,7 +74,9 @@ def test_a_topics_fields_are_its_own(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     batch = [raw(b"%d" % n, f"t/{n % 7}") for n in range(50)]
     write(JsonlSink(path=path), batch, batch)
-    assert [(line["topic"], line["value"]) for line in lines(path)] == [(f"t/{n % 7}", n) for n in range(50)] * 2
+    assert [(line["topic"], line["value"]) for line in lines(path)] == [
+        (f"t/{n % 7}", n) for n in range(50)
+    ] * 2
 
 
 def test_times_may_differ_within_a_batch(tmp_path: Path) -> None:
@@ -81,7 +88,7 @@ def test_times_may_differ_within_a_batch(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", [b"\n", b"\r", b"\r\n"])
 def test_line_ends_inside_a_payload_do_not_break_lines(tmp_path: Path, end: bytes) -> None:
     path = tmp_path / "out.jsonl"
-    write(JsonlSink(path=path), [raw(b'{"a":' + end + b'  [1,' + end + b'2], "b": "x\\ny  z"}'), raw(b"3")])
+    write(JsonlSink(path=path), [raw(b'{"a":' + end + b"  [1," + end + b'2], "b": "x\\ny  z"}'), raw(b"3")])
     assert path.read_bytes().count(b"\n") == 2
     assert b"\r" not in path.read_bytes()
     assert [line["value"] for line in lines(path)] == [{"a": [1, 2], "b": "x\ny  z"}, 3]
@@ -287,7 +294,9 @@ def test_what_the_sink_wrote_is_read_again(tmp_path: Path) -> None:
     batch = [raw(b'{"n": %d}' % n, f"t/{n}") for n in range(5000)]
     write(JsonlSink(path=path), batch)
     messages = read(JsonlSource(path=path))
-    assert [(one.topic, one.payload) for one in messages] == [(f"t/{n}", b'{"n": %d}' % n) for n in range(5000)]
+    assert [(one.topic, one.payload) for one in messages] == [
+        (f"t/{n}", b'{"n": %d}' % n) for n in range(5000)
+    ]
     assert messages[0].qos == 1
 
 

@@ -21,7 +21,8 @@ from tesaiot_connect.protocols import RawSerializer, Serializer
 
 BAD_JSON = [
     b"", b" ", b"{", b"[1,", b"2]", b"{}{}", b"tru", b"NaN", b"[Infinity]", b"01", b'"\xff"', b'{"\xff":1}',
-    b'"\xed\xa0\x80"', b'"\\ud800"', b"\xef\xbb\xbf1", b'"a\nb"', b"[" * 100_000, b"[" * 100_000 + b"]" * 100_000,
+    b'"\xed\xa0\x80"', b'"\\ud800"', b"\xef\xbb\xbf1", b'"a\nb"',
+    b"[" * 100_000, b"[" * 100_000 + b"]" * 100_000,
 ]  # fmt: skip
 GOOD_JSON = [
     b"1",
@@ -67,8 +68,8 @@ def test_no_bytes_make_a_serializer_raise(payloads: list[bytes]) -> None:
 
 
 _values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.text()
+    | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )  # fmt: skip

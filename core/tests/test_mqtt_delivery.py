@@ -157,7 +157,9 @@ class World:
             client_maximum = self.rng.randint(1, 6)
             found = {P.RECEIVE_MAXIMUM: client_maximum, P.SESSION_EXPIRY: 100, P.TOPIC_ALIAS_MAXIMUM: 2}
         connect = Connect(client_id="c", version=self.version, clean_start=False, properties=found)
-        self.client.engine = ClientEngine(connect, self.client.session, now=self.now, window=self.rng.choice((3, 60000)))
+        self.client.engine = ClientEngine(
+            connect, self.client.session, now=self.now, window=self.rng.choice((3, 60000))
+        )
         self.client.accepted = True
         self.server.engine = ServerEngine(self.limits, now=self.now)
         self.wire = {"c": b"", "s": b""}
@@ -283,7 +285,10 @@ def test_with_sessions_kept_nothing_is_lost_and_qos_2_comes_once(version, group)
             told = Counter(sender.keys)
             assert set(told.values()) <= {1}, (seed, "a key came back twice")
             got = {qos: payloads(receiver.got, qos) for qos in (0, 1, 2)}
-            by_qos = {qos: {p for p in sender.everything if p.startswith(f"{sender.name}{qos}".encode())} for qos in (0, 1, 2)}
+            by_qos = {
+                qos: {p for p in sender.everything if p.startswith(f"{sender.name}{qos}".encode())}
+                for qos in (0, 1, 2)
+            }
             assert got[1].keys() == by_qos[1], seed
             assert got[2] == Counter(by_qos[2]), seed
             assert got[0].keys() <= by_qos[0], seed

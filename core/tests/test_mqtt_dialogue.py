@@ -1,4 +1,4 @@
-"""A whole conversation, replayed to each engine with its input cut at every byte: the same events, the same answers."""
+"""A whole conversation, replayed to each engine with its input cut at every byte: same events and answers."""
 
 from __future__ import annotations
 
@@ -96,7 +96,9 @@ class Peer:
             case Received():
                 engine.settle(event.token)
             case SubscribeRequest():
-                codes = [one.qos if one.topic_filter != "secret" else 0x87 for one in event.packet.subscriptions]
+                codes = [
+                    one.qos if one.topic_filter != "secret" else 0x87 for one in event.packet.subscriptions
+                ]
                 engine.suback(event, codes, text="some")
             case UnsubscribeRequest():
                 engine.unsuback(event, [0, 0x11][: len(event.packet.filters)])
@@ -191,12 +193,22 @@ def ping(peer):
 def steps(version, ending):
     """What the owners do beside answering, as (side, action)."""
     v5 = version == 5
-    yield "c", lambda peer: peer.engine.subscribe(
-        [Subscription("answers/#", 2, no_local=v5, retain_as_published=v5, retain_handling=2 if v5 else 0)],
-        properties={P.SUBSCRIPTION_ID: [7], P.USER: [("x", "y")]} if v5 else {},
+    yield (
+        "c",
+        lambda peer: peer.engine.subscribe(
+            [
+                Subscription(
+                    "answers/#", 2, no_local=v5, retain_as_published=v5, retain_handling=2 if v5 else 0
+                )
+            ],
+            properties={P.SUBSCRIPTION_ID: [7], P.USER: [("x", "y")]} if v5 else {},
+        ),
     )
-    yield "c", lambda peer: peer.engine.subscribe(
-        [Subscription("news", 1), Subscription("secret", 0), Subscription("$share/g/+/x", 1)]
+    yield (
+        "c",
+        lambda peer: peer.engine.subscribe(
+            [Subscription("news", 1), Subscription("secret", 0), Subscription("$share/g/+/x", 1)]
+        ),
     )
     yield "c", lambda peer: _publish(peer, FROM_CLIENT, 100)
     yield "s", lambda peer: _publish(peer, FROM_SERVER, 200)
@@ -283,11 +295,20 @@ def test_the_dialogue_says_all_there_is_to_say(version, ending):
     back = FROM_SERVER * 2 if version == 5 else [_bare(one) for one in FROM_SERVER * 2]
     assert [message for message, _ in server_got] == sent
     assert [message for message, _ in client_got] == back
-    assert sorted(client_done) == [key for key in _keys(FROM_CLIENT, 100, 300)]
-    assert sorted(server_done) == [key for key in _keys(FROM_SERVER, 200, 400)]
+    assert sorted(client_done) == list(_keys(FROM_CLIENT, 100, 300))
+    assert sorted(server_done) == list(_keys(FROM_SERVER, 200, 400))
     kinds = [type(event) for event in client]
     if version == 5:
-        assert kinds == [AuthChallenge, Connected, Suback, Suback, Suback, AuthChallenge, AuthChallenge, Closed]
+        assert kinds == [
+            AuthChallenge,
+            Connected,
+            Suback,
+            Suback,
+            Suback,
+            AuthChallenge,
+            AuthChallenge,
+            Closed,
+        ]
         assert client[1].connack.properties[P.AUTH_METHOD] == "SCRAM"
         assert client[1].connack.properties[P.ASSIGNED_CLIENT_ID] == "dev"
         assert [one.codes for one in client if isinstance(one, Suback)] == [(2,), (1, 0x87, 1), (0, 0x11)]

@@ -1,4 +1,4 @@
-"""What the standard forbids is answered with the right DISCONNECT, CONNACK or close; what it limits stays within."""
+"""What the standard forbids is answered with the right DISCONNECT, CONNACK or close; limits hold."""
 
 from __future__ import annotations
 
@@ -39,13 +39,21 @@ def closing(engine):
     """The bytes that still go out, and whether the transport is closed behind them."""
     outputs = engine.outputs()
     assert not any(isinstance(one, Close) for one in outputs[:-1])
-    return b"".join(one.data for one in outputs if isinstance(one, Send)), bool(outputs) and isinstance(outputs[-1], Close)
+    return b"".join(one.data for one in outputs if isinstance(one, Send)), bool(outputs) and isinstance(
+        outputs[-1], Close
+    )
 
 
-def client(version=5, *, session=None, connack=None, clean_start=True, keepalive=60, announced=None, **options):
+def client(
+    version=5, *, session=None, connack=None, clean_start=True, keepalive=60, announced=None, **options
+):
     """A connected client."""
     connect = Connect(
-        client_id="c", version=version, clean_start=clean_start, keepalive=keepalive, properties=announced or {}
+        client_id="c",
+        version=version,
+        clean_start=clean_start,
+        keepalive=keepalive,
+        properties=announced or {},
     )
     engine = ClientEngine(connect, Session() if session is None else session, now=0.0, **options)
     assert written(engine) == codec.encode_connect(connect)
@@ -165,7 +173,8 @@ def test_a_3_1_1_client_does_not_say_disconnect_when_all_is_not_well():
 
 
 @pytest.mark.parametrize(
-    "wire", ["30 04 0001 61 00", "40 02 0001", "62 02 0001", "c0 00", "82 07 0001 00 0001 61 00", "e0 00", "f0 00"]
+    "wire",
+    ["30 04 0001 61 00", "40 02 0001", "62 02 0001", "c0 00", "82 07 0001 00 0001 61 00", "e0 00", "f0 00"],
 )
 def test_the_first_packet_must_be_connect(wire):
     engine = ServerEngine(ServerLimits(), now=0.0)
@@ -173,7 +182,9 @@ def test_the_first_packet_must_be_connect(wire):
     assert closing(engine) == (b"", True)
 
 
-@pytest.mark.parametrize("wire", ["30 04 0001 61 00", "40 02 0001", "50 02 0001", "d0 00", "90 04 0001 00 00", "e0 00"])
+@pytest.mark.parametrize(
+    "wire", ["30 04 0001 61 00", "40 02 0001", "50 02 0001", "d0 00", "90 04 0001 00 00", "e0 00"]
+)
 def test_a_client_takes_nothing_before_connack(wire):
     engine = ClientEngine(Connect(client_id="c"), Session(), now=0.0)
     written(engine)
@@ -235,7 +246,9 @@ def test_a_session_that_was_to_start_clean_must_not_be_present():
     ended(engine.receive_data(raw("20 03 01 00 00"), now=0.0), R.PROTOCOL_ERROR)
 
 
-@pytest.mark.parametrize(("qos", "retain", "code"), [(2, False, R.QOS_NOT_SUPPORTED), (0, True, R.RETAIN_NOT_SUPPORTED)])
+@pytest.mark.parametrize(
+    ("qos", "retain", "code"), [(2, False, R.QOS_NOT_SUPPORTED), (0, True, R.RETAIN_NOT_SUPPORTED)]
+)
 def test_a_server_enforces_what_it_announced(qos, retain, code):
     engine = server(limits=ServerLimits(maximum_qos=1, retain_available=False))
     peer = client(connack=Connack())
@@ -258,13 +271,23 @@ def test_a_client_refuses_with_its_key_what_the_server_does_not_take():
         Message("t", b"", 1),
     ]
     assert engine.publish(batch, [1, 2, 3, 4, 5]) == 5
-    assert written(engine) == raw("32 09 0001 74 0004 03 230001")
+    assert written(engine) == raw("32 09 0001 74 0003 03 230001")
     [told] = engine.take_events()
     too_large = R.PACKET_TOO_LARGE
-    assert told == Acknowledged(0, [], {1: R.QOS_NOT_SUPPORTED, 2: R.RETAIN_NOT_SUPPORTED, 3: too_large, 4: too_large})
+    assert told == Acknowledged(
+        0, [], {1: R.QOS_NOT_SUPPORTED, 2: R.RETAIN_NOT_SUPPORTED, 3: too_large, 4: too_large}
+    )
     assert engine.take_events() == []
-    [told] = engine.receive_data(raw("40 02 0004"), now=0.0)
+    [told] = engine.receive_data(raw("40 02 0003"), now=0.0)
     assert told == Acknowledged(0, [5], {})
+
+
+def test_refused_keys_come_back_before_the_end():
+    engine = client(connack=Connack(properties={P.MAXIMUM_QOS: 0}))
+    assert engine.publish([Message("t", b"", 1)], [1]) == 1
+    first, second = engine.stream_reset(0, now=0.0)
+    assert first == Acknowledged(0, [], {1: R.QOS_NOT_SUPPORTED})
+    assert isinstance(second, Closed)
 
 
 def test_a_packet_of_exactly_the_maximum_passes():
@@ -273,7 +296,9 @@ def test_a_packet_of_exactly_the_maximum_passes():
     assert len(written(engine)) == 20
     assert engine.take_events() == [Acknowledged(0, [], {2: R.PACKET_TOO_LARGE})]
     peer = server(limits=ServerLimits(maximum_packet_size=20))
-    assert peer.receive_data(b"\x30\x12\x00\x01t\x00" + bytes(14), now=0.0)[0].messages[0].payload == bytes(14)
+    assert peer.receive_data(b"\x30\x12\x00\x01t\x00" + bytes(14), now=0.0)[0].messages[0].payload == bytes(
+        14
+    )
     ended(peer.receive_data(b"\x30\x13\x00\x01t\x00" + bytes(15), now=0.0), R.PACKET_TOO_LARGE)
 
 
@@ -459,7 +484,10 @@ def test_acknowledgements_go_out_in_the_order_of_arrival():
 
 
 def test_reasons_go_into_the_acknowledgements_of_mqtt_5():
-    for version, wire in ((5, "40 02 0001 40 03 0002 10 50 03 0003 87"), (4, "40 02 0001 40 02 0002 50 02 0003")):
+    for version, wire in (
+        (5, "40 02 0001 40 03 0002 10 50 03 0003 87"),
+        (4, "40 02 0001 40 02 0002 50 02 0003"),
+    ):
         engine = server(version)
         gap = "00" if version == 5 else ""
         size = "07" if version == 5 else "06"
@@ -595,6 +623,15 @@ def test_a_kept_session_is_sent_again_with_dup_in_order_before_anything_new():
     assert written(again) == raw("62 02 0002 3a 0a 0001 74 0003 03 230001 78")
     assert again.publish([Message("n", b"")], [4]) == 1
     again.receive_data(raw("70 02 0002 40 02 0003"), now=0.0)
+    assert session.outbound == {}
+
+    engine = client(session=session, clean_start=False)
+    assert engine.publish([Message("t", b"x", 1)] * 3, [5, 6, 7]) == 3
+    again = client(session=session, clean_start=False, connack=found)
+    for packet_id in (4, 5, 6):
+        assert written(again)[:1] == b"\x3a"
+        assert again.publish([Message("n", b"")], [8]) == (packet_id == 6)
+        again.receive_data(raw(f"40 02 {packet_id:04x}"), now=0.0)
     assert session.outbound == {}
 
 
@@ -773,7 +810,9 @@ def test_disconnect_is_said_once():
     assert len(engine.take_events()) == 1
 
 
-AUTH_CONNECT = codec.encode_connect(Connect(client_id="c", properties={P.AUTH_METHOD: "M", P.AUTH_DATA: b"1"}))
+AUTH_CONNECT = codec.encode_connect(
+    Connect(client_id="c", properties={P.AUTH_METHOD: "M", P.AUTH_DATA: b"1"})
+)
 
 
 def test_while_authenticating_only_auth_and_disconnect_may_come():
@@ -854,7 +893,13 @@ def test_subscriptions_arrive_with_all_their_options():
 
 
 @pytest.mark.parametrize(
-    "bad", [Subscription(""), Subscription("a/#/b"), Subscription("$share/g"), Subscription("$share/g/a", no_local=True)]
+    "bad",
+    [
+        Subscription(""),
+        Subscription("a/#/b"),
+        Subscription("$share/g"),
+        Subscription("$share/g/a", no_local=True),
+    ],
 )
 def test_an_invalid_subscription_is_refused_where_it_is_made(bad):
     engine = client()
@@ -877,7 +922,9 @@ def test_a_suback_must_answer_every_filter_of_a_subscribe_that_was_sent():
 
 def test_topic_aliases_live_as_long_as_the_connection():
     engine = server(limits=ServerLimits(topic_alias_maximum=2))
-    events = engine.receive_data(raw("30 07 0001 61 03 230002 | 30 06 0000 03 230002 | 30 07 0001 62 03 230002"), now=0.0)
+    events = engine.receive_data(
+        raw("30 07 0001 61 03 230002 | 30 06 0000 03 230002 | 30 07 0001 62 03 230002"), now=0.0
+    )
     events += engine.receive_data(raw("30 06 0000 03 230002"), now=0.0)
     assert [message.topic for one in events for message in one.messages] == ["a", "a", "b", "b"]
     again = server(limits=ServerLimits(topic_alias_maximum=2))

@@ -221,7 +221,12 @@ CONTROL = [
         id="DISCONNECT 5 with a code alone",
     ),
     pytest.param(
-        CLIENT, 4, lambda one: codec.encode_disconnect(one, 4), Disconnect(), raw("e0 00"), id="DISCONNECT 3.1.1"
+        CLIENT,
+        4,
+        lambda one: codec.encode_disconnect(one, 4),
+        Disconnect(),
+        raw("e0 00"),
+        id="DISCONNECT 3.1.1",
     ),
     pytest.param(
         CLIENT,
@@ -269,7 +274,10 @@ PUBLISHES = [
                 user=(("a", "1"), ("a", "2")),
             ),
         ),
-        "30 26 0001 71 21 01 01 02 00000007 03 0001 74 08 0001 72 09 0001 00 26 0001 61 0001 31 26 0001 61 0001 32 3f",
+        (
+            "30 26 0001 71 21 01 01 02 00000007 03 0001 74 08 0001 72 09 0001 00"
+            "26 0001 61 0001 31 26 0001 61 0001 32 3f"
+        ),
     ),
 ]
 
@@ -324,7 +332,15 @@ def test_an_acknowledgement_may_explain_itself():
 
 @pytest.mark.parametrize(
     ("size", "wire"),
-    [(3, "03"), (127, "7f"), (128, "8001"), (16383, "ff7f"), (16384, "808001"), (2097151, "ffff7f"), (2097152, "80808001")],
+    [
+        (3, "03"),
+        (127, "7f"),
+        (128, "8001"),
+        (16383, "ff7f"),
+        (16384, "808001"),
+        (2097151, "ffff7f"),
+        (2097152, "80808001"),
+    ],
 )
 def test_remaining_length(size, wire):
     encoded = published(Message("t", bytes(size - 3)), version=4)
@@ -372,7 +388,13 @@ MALFORMED = [
     ("bytes behind CONNECT", CLIENT, 5, "10 0e 0004 4d515454 05 02 003c 00 0000 00", 0x81),
     ("CONNECT ends early", CLIENT, 5, "10 0b 0004 4d515454 05 02 003c 00", 0x81),
     ("will topic with a wildcard", CLIENT, 4, "10 12 0004 4d515454 04 06 003c 0000 0001 23 0001 78", 0x90),
-    ("authentication data without a method", CLIENT, 5, "10 11 0004 4d515454 05 02 003c 04 16 0001 78 0000", 0x82),
+    (
+        "authentication data without a method",
+        CLIENT,
+        5,
+        "10 11 0004 4d515454 05 02 003c 04 16 0001 78 0000",
+        0x82,
+    ),
     # CONNACK (3.2)
     ("CONNACK flags", SERVER, 5, "20 03 02 00 00", 0x81),
     ("CONNACK with an undefined reason", SERVER, 5, "20 03 00 8b 00", 0x81),
@@ -434,7 +456,9 @@ MALFORMED = [
 ]
 
 
-@pytest.mark.parametrize(("side", "version", "wire", "code"), [pytest.param(*one[1:], id=one[0]) for one in MALFORMED])
+@pytest.mark.parametrize(
+    ("side", "version", "wire", "code"), [pytest.param(*one[1:], id=one[0]) for one in MALFORMED]
+)
 def test_malformed_packets_are_refused_with_the_right_reason(side, version, wire, code):
     with pytest.raises(ProtocolError) as error:
         decode(raw(wire), from_client=side, version=version)
@@ -443,7 +467,21 @@ def test_malformed_packets_are_refused_with_the_right_reason(side, version, wire
 
 @pytest.mark.parametrize(
     "bad",
-    ["", "a#", "#/a", "a/#/b", "+a", "a/b+", "$share", "$share/", "$share/g", "$share/g/", "$share//a", "$share/+/a", "\0"],
+    [
+        "",
+        "a#",
+        "#/a",
+        "a/#/b",
+        "+a",
+        "a/b+",
+        "$share",
+        "$share/",
+        "$share/g",
+        "$share/g/",
+        "$share//a",
+        "$share/+/a",
+        "\0",
+    ],
 )
 def test_invalid_filters_are_never_sent(bad):
     if bad == "$share":

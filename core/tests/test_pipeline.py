@@ -226,6 +226,30 @@ def test_a_message_sink_with_a_serializer_of_its_own_transcodes() -> None:
     assert sink.into[1].qos == 1
 
 
+def test_an_acknowledgement_that_fails_does_not_end_the_run() -> None:
+    @attrs.frozen
+    class Deaf:
+        @asynccontextmanager
+        async def open(self) -> AsyncIterator[Any]:
+            left = iter(batches(10))
+
+            class Reader:
+                async def read(self) -> Delivery:
+                    async def settle(_error: BaseException | None) -> None:
+                        raise OSError("gone")
+
+                    for messages in left:
+                        return Delivery(Batch(messages, 0.0), settle)
+                    raise EndOfInput
+
+            yield Reader()
+
+    sink = MemorySink()
+    summary = go(pipeline(Deaf(), sink))
+    assert numbers(sink.into) == list(range(10))
+    assert (summary.received, summary.acknowledged) == (10, 0)
+
+
 # --- sinks that fail ----------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from tesaiot_connect.message import Message, Properties
 from tesaiot_connect.mqtt.packets import Subscription
 from tesaiot_connect.mqtt.topics import matches
@@ -48,10 +49,14 @@ def test_matches_what_a_list_of_filters_matches(
     for add, index, topic_filter, qos in steps:
         client = clients[index]
         if add:
-            assert router.add(client, subscription(topic_filter, qos)) == ((client, topic_filter) not in model)
+            assert router.add(client, subscription(topic_filter, qos)) == (
+                (client, topic_filter) not in model
+            )
             model[client, topic_filter] = qos
         else:
-            assert router.remove(client, topic_filter) == (model.pop((client, topic_filter), None) is not None)
+            assert router.remove(client, topic_filter) == (
+                model.pop((client, topic_filter), None) is not None
+            )
         assert len(router) == len(model)
         for topic in topics:  # after every step, so that a stale cache shows
             expected: dict[Client, int] = {}

@@ -7,6 +7,7 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+
 from tesaiot_connect.errors import ConnectorError
 from tesaiot_connect.message import Message, Properties
 from tesaiot_connect.server.store import Rows, Store, pack, unpack
@@ -152,3 +153,21 @@ def test_while_the_disk_refuses_nobody_is_told_otherwise(tmp_path: Path) -> None
         await store.aclose()
 
     asyncio.run(main())
+
+
+def test_only_the_last_retained_message_of_a_topic_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+
+    async def main() -> None:
+        store, _ = await opened(path)
+        for number in range(1000):
+            store.retain("a", None, Message("a", str(number).encode(), retain=True))
+        store.retain("b", 5.0, MESSAGE)
+        store.retain("b", None, None)
+        store.retain("c", 5.0, MESSAGE)
+        assert len(store._batch.retained) == 3
+        await store.aclose()
+
+    asyncio.run(main())
+    rows = {topic: (expires_at, unpack(packed)) for topic, expires_at, packed in reopened(path).retained}
+    assert rows == {"a": (None, Message("a", b"999", retain=True)), "c": (5.0, MESSAGE)}

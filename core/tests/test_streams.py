@@ -182,6 +182,32 @@ def test_a_reset_is_told(run: Run) -> None:
     run(main())
 
 
+def test_a_peer_that_leaves_without_a_word(run: Run) -> None:
+    async def main() -> None:
+        silent = Disconnected("it never spoke", fix="ask it")
+        for speaks, resets in ((False, False), (False, True), (True, False)):
+            with socket.create_server(("127.0.0.1", 0)) as server:
+                client = socket.create_connection(server.getsockname())
+                theirs, _ = server.accept()
+                _, stream = await asyncio.get_running_loop().create_connection(
+                    lambda: AsyncioStream(silent=silent), sock=client
+                )
+                if speaks:
+                    theirs.send(b"x")
+                    assert await stream.receive() == b"x"
+                if resets:
+                    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                theirs.close()
+                if speaks:
+                    assert await stream.receive() == b""
+                else:
+                    with pytest.raises(Disconnected, match=r"it never spoke. ask it"):
+                        await stream.receive()
+                await stream.aclose()
+
+    run(main())
+
+
 def test_after_close_on_this_side(run: Run) -> None:
     async def body(stream: AsyncioStream, theirs: socket.socket) -> None:
         theirs.close()

@@ -12,7 +12,16 @@ from typing import Any, TypeVar
 from tesaiot_connect.errors import Disconnected
 from tesaiot_connect.message import Message
 from tesaiot_connect.mqtt.client import ClientEngine
-from tesaiot_connect.mqtt.events import Acknowledged, AuthChallenge, Closed, Connected, Event, Received, Send, Suback
+from tesaiot_connect.mqtt.events import (
+    Acknowledged,
+    AuthChallenge,
+    Closed,
+    Connected,
+    Event,
+    Received,
+    Send,
+    Suback,
+)
 from tesaiot_connect.mqtt.packets import Connack, Connect, Subscription, Will
 from tesaiot_connect.mqtt.properties import P
 from tesaiot_connect.mqtt.session import Session
@@ -56,14 +65,23 @@ class EnginePeer:
         if version == 5 and expiry:
             found[P.SESSION_EXPIRY] = expiry
         connect = Connect(
-            client_id=client_id, version=version, clean_start=clean, keepalive=keepalive, will=will, properties=found
+            client_id=client_id,
+            version=version,
+            clean_start=clean,
+            keepalive=keepalive,
+            will=will,
+            properties=found,
         )
         now = asyncio.get_running_loop().time()
         engine = ClientEngine(connect, session or Session(), now=now)
         peer = cls(await transport.connect(), engine, settle=settle)
-        peer.stream = await peer.connection.open_stream()
-        if send:
-            await peer.flush()
+        try:
+            peer.stream = await peer.connection.open_stream()
+            if send:
+                await peer.flush()
+        except BaseException:
+            peer.connection.abort()
+            raise
         return peer
 
     async def flush(self) -> None:
@@ -80,7 +98,9 @@ class EnginePeer:
             except Disconnected:
                 events = self.engine.stream_reset(0, now=now)
             else:
-                events = self.engine.receive_data(data, now=now) if data else self.engine.stream_eof(0, now=now)
+                events = (
+                    self.engine.receive_data(data, now=now) if data else self.engine.stream_eof(0, now=now)
+                )
         self.events += events
         for event in events:
             if isinstance(event, Received):

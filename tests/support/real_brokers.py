@@ -88,7 +88,7 @@ class Mosquitto:
                     "user root",
                     "set_tcp_nodelay true",
                     "log_dest stderr",
-                    "log_type all",
+                    *(f"log_type {kind}" for kind in ("error", "warning", "notice", "information")),
                     *lines,
                     "",
                 )

@@ -271,6 +271,7 @@ _HOMES = {
         "Handler",
         "Listener",
         "Login",
+        "Pausable",
         "Peer",
         "Principal",
         "Process",

@@ -162,6 +162,15 @@ class ByteStream(Protocol):
 
 
 @runtime_checkable
+class Pausable(Protocol):
+    """A stream that can be told that it will not be read for a moment. Optional."""
+
+    def pause(self) -> None:
+        """Let bytes gather in the transport until the next `receive`, so that it brings more."""
+        ...
+
+
+@runtime_checkable
 class Connection(Protocol):
     """A secured transport connection with one stream, or many when `multistream`."""
 
@@ -367,7 +376,7 @@ class Writer(Protocol):
 
         Takes a `Batch` where the sink reads messages, else a `Sequence[Record]`. Raises
         PartialDelivery for elements that failed; any other error means that none is sure.
-        After an error the writer is closed and the sink is opened again.
+        After any error but PartialDelivery the writer is closed and the sink is opened again.
         """
         ...
 
@@ -404,6 +413,7 @@ __all__ = [
     "Handler",
     "Listener",
     "Login",
+    "Pausable",
     "Peer",
     "Principal",
     "Process",

@@ -139,7 +139,11 @@ class AsyncioStream(asyncio.Protocol):
         self._lost = True
         self._writing = True
         if exc is not None and not self._closing:
-            self._error = self._explain(exc)
+            silent = self._silent is not None and not self.bytes_received
+            if silent and isinstance(exc, ConnectionError):  # its farewell did not get through
+                self._error = self._silent
+            else:
+                self._error = self._explain(exc)
         elif not self._closing:
             self._eof = self._by_peer = True
         if self._by_peer and not self.bytes_received:
@@ -179,6 +183,12 @@ class AsyncioStream(asyncio.Protocol):
         data = first + b"".join(chunks)
         chunks.clear()
         return data
+
+    def pause(self) -> None:
+        """Leave what comes to the kernel until the next `receive`: fewer, larger reads."""
+        if self._reading and not self._chunks and self._reader is None and not self._lost:
+            self._reading = False
+            self._live.pause_reading()
 
     async def send(self, data: bytes, /) -> None:
         if self._closing or self._lost or self._eof_sent or (self._eof and not self._half_close):

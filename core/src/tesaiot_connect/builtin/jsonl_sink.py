@@ -33,6 +33,8 @@ _encode = msgspec.json.Encoder().encode
 _PREFIXES = 65536
 """How many topics' beginnings of a line are kept."""
 _ONLY_RAW = frozenset({msgspec.Raw})
+_SHOWN = frozenset({bytes, bytearray, memoryview})
+"""Types that are not left to the encoder."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -111,6 +113,7 @@ class Lines:
 
     def __init__(self) -> None:
         self._prefixes: dict[str, bytes] = {}
+        self._topics: set[str] = set()
 
     def encode(self, records: Sequence[Record]) -> tuple[bytes, dict[int, BaseException]]:
         """The lines of all records that can be written, and the errors of the others."""
@@ -135,15 +138,19 @@ class Lines:
         """For each record the end of the line before it and the beginning of its own."""
         prefixes = self._prefixes
         times = [record.time for record in records]
-        stamped: dict[str, bytes] = {}
         if times.count(times[0]) == len(times):
             end = b'%.6f,"value":' % times[0]
+            if len(self._topics) > len(records):  # of the batch before: mostly the same again
+                self._topics = set()
             try:
-                topics = [record.route.topic for record in records]
-                for topic in set(topics):
-                    stamped[topic] = prefixes[topic] + end
-                return [stamped[topic] for topic in topics]
+                stamped = {topic: prefixes[topic] + end for topic in self._topics}
+                return [stamped[record.route.topic] for record in records]
             except KeyError:
+                self._topics = {record.route.topic for record in records}
+            try:
+                stamped = {topic: prefixes[topic] + end for topic in self._topics}
+                return [stamped[record.route.topic] for record in records]
+            except KeyError:  # a topic that is new
                 pass
         heads = []
         for record in records:
@@ -163,6 +170,11 @@ def _documents(
     records: Sequence[Record], values: Sequence[Any]
 ) -> tuple[list[Record], list[Any], dict[int, BaseException]]:
     """Values as JSON documents, without those that have no such form."""
+    if not _SHOWN.intersection(map(type, values)):
+        try:
+            return list(records), list(map(_encode, values)), {}
+        except Exception:  # noqa: BLE001, S110 - found one by one below
+            pass
     kept: list[Record] = []
     documents: list[Any] = []
     failures: dict[int, BaseException] = {}
@@ -181,7 +193,7 @@ def _documents(
 
 def presentable(value: Any) -> Any:
     """A value as JSON shows it: bytes as text if they are UTF-8, else as {"base64": "..."}."""
-    if isinstance(value, bytes | bytearray | memoryview):
+    if type(value) in _SHOWN:
         try:
             return bytes(value).decode()
         except UnicodeDecodeError:

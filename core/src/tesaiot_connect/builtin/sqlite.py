@@ -33,6 +33,7 @@ _OWN = (*_FIXED, "extra")
 """Columns of every table, which no payload key may fill."""
 _PLAIN = frozenset({float, int, str, bool, type(None)})
 """Types SQLite stores as they are, with few exceptions that it reports."""
+_PLANS = 1000
 _MIN, _MAX = -(2**63), 2**63 - 1
 
 
@@ -103,6 +104,24 @@ class _SqliteWriter:
         await asyncio.get_running_loop().run_in_executor(self._thread, self._table.insert, batch)
 
 
+_Shape = tuple[tuple[Any, ...] | None, tuple[str, ...]]
+"""The keys of a payload (None where it is no object) and the topic fields of a record."""
+
+
+def _shape(record: Record) -> _Shape:
+    value = record.value
+    return tuple(value) if type(value) is dict else None, tuple(record.route.fields)
+
+
+@attrs.frozen(eq=False)
+class _Plan:
+    """How records of one shape become rows: `direct`, cell by cell, or sorted into `columns`."""
+
+    sql: str
+    columns: tuple[str, ...]
+    direct: bool
+
+
 class _Table:
     """The table, for one thread. After an error it is closed and opened again."""
 
@@ -111,6 +130,7 @@ class _Table:
         self._name = _quoted(recipe.table)
         self._columns: dict[str, None] = {}
         self._folded: set[str] = set()
+        self._plans: dict[_Shape, _Plan] = {}
         self._indexed = False
         try:
             self._db = sqlite3.connect(recipe.path, timeout=recipe.busy_timeout, isolation_level=None)
@@ -132,7 +152,7 @@ class _Table:
             try:
                 failures = self._insert(records, careful=False)
             except (OverflowError, UnicodeEncodeError):
-                self._learn()
+                self._plans.clear()
                 failures = self._insert(records, careful=True)
         except sqlite3.Error as error:
             raise self._explained(error) from error
@@ -141,13 +161,13 @@ class _Table:
 
     def _insert(self, records: Sequence[Record], *, careful: bool) -> dict[int, BaseException]:
         """One transaction. `careful` looks at every cell, where a whole row looked harmless."""
+        shapes = [_shape(record) for record in records]
+        failures: dict[int, BaseException] = {}
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            self._widen(records)
-            rows, failures = self._rows(records, careful)
-            places = ",".join("?" * len(self._columns))
-            names = ",".join(map(_quoted, self._columns))
-            self._db.executemany(f"INSERT INTO {self._name} ({names}) VALUES ({places})", rows)  # noqa: S608
+            self._widen(dict.fromkeys(shapes))
+            for plan, rows in self._rows(records, shapes, failures, careful):
+                self._db.executemany(plan.sql, rows)
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
@@ -156,38 +176,41 @@ class _Table:
         return failures
 
     def _rows(
-        self, records: Sequence[Record], careful: bool
-    ) -> tuple[list[tuple[Any, ...]], dict[int, BaseException]]:
-        columns = tuple(self._columns)
-        known = self._columns.keys()
+        self,
+        records: Sequence[Record],
+        shapes: Sequence[_Shape],
+        failures: dict[int, BaseException],
+        careful: bool,
+    ) -> list[tuple[_Plan, list[tuple[Any, ...]]]]:
+        """Rows in order, in runs that one statement inserts."""
         plain = frozenset[type]() if careful else _PLAIN
+        plans = self._plans
+        runs: list[tuple[_Plan, list[tuple[Any, ...]]]] = []
+        current: _Plan | None = None
         rows: list[tuple[Any, ...]] = []
-        failures: dict[int, BaseException] = {}
-        for index, record in enumerate(records):
-            value, route = record.value, record.route
-            fields = route.fields
+        for index, (record, shape) in enumerate(zip(records, shapes, strict=True)):
+            plan = plans[shape]
+            route, value = record.route, record.value
             try:
-                if (
-                    type(value) is dict
-                    and value.keys() <= known
-                    and fields.keys() <= known
-                    and value.keys().isdisjoint(_OWN)
-                    and value.keys().isdisjoint(fields)
-                ):
-                    cells = {**value, **fields}
+                if plan.direct:
+                    row = (record.time, route.topic, *route.fields.values(), *value.values())
                 else:
-                    cells = self._placed(value, fields)
-                cells["time"] = record.time
-                cells["topic"] = route.topic
-                row = tuple(map(cells.get, columns))
-                rows.append(row if plain.issuperset(map(type, row)) else tuple(map(_cell, row)))
+                    cells = self._placed(value, route.fields)
+                    row = (record.time, route.topic, *map(cells.get, plan.columns))
+                if not plain.issuperset(map(type, row)):
+                    row = tuple(map(_cell, row))
             except Exception as error:  # noqa: BLE001 - a value of anybody's
                 wrong = PayloadError(
                     f"{repr(value)[:200]} of topic {route.topic!r} cannot be stored: {error}"
                 )
                 wrong.__cause__ = error
                 failures[index] = wrong
-        return rows, failures
+                continue
+            if plan is not current:
+                current, rows = plan, []
+                runs.append((plan, rows))
+            rows.append(row)
+        return runs
 
     def _placed(self, value: Any, fields: Mapping[str, str]) -> dict[str, Any]:
         """Cells by column; what has no column of its own is in `extra`."""
@@ -205,33 +228,44 @@ class _Table:
             cells["extra"] = extra
         return cells
 
-    def _widen(self, records: Sequence[Record]) -> None:
-        """Make the table if it is missing, and columns for what is new in these records."""
+    def _widen(self, shapes: Iterable[_Shape]) -> None:
+        """Make the table if it is missing, columns for what is new, and a plan for each shape."""
+        new = [shape for shape in shapes if shape not in self._plans]
+        if not new:
+            return
         wanted: dict[Any, None] = {}
-        for record in records:
-            value, fields = record.value, record.route.fields
-            if not fields.keys() <= wanted.keys():
-                wanted.update(dict.fromkeys(fields))
-            if type(value) is not dict:
-                wanted["value"] = None
-            elif not value.keys() <= wanted.keys():
-                wanted.update(dict.fromkeys(value))
-        if not self._columns:
-            self._learn()  # another writer may have made it
+        for names, fields in new:
+            wanted.update(dict.fromkeys(fields))
+            wanted.update(dict.fromkeys(("value",) if names is None else names))
+        self._learn()  # another writer may have changed it
         if not self._columns:
             self._folded = set(_OWN)
             chosen = self._distinct(wanted, self._recipe.max_columns - len(_OWN))
             columns = ", ".join(map(_declared, (*_FIXED, *chosen, "extra")))
             self._db.execute(f"CREATE TABLE {self._name} ({columns})")
-            self._learn()
-        elif not wanted.keys() <= self._columns.keys():
-            self._learn()
-            chosen = self._distinct(wanted, self._recipe.max_columns - len(self._columns))
-            for name in chosen:
+        else:
+            for name in self._distinct(wanted, self._recipe.max_columns - len(self._columns)):
                 self._add(name)
-            if chosen:
-                self._learn()
         self._index()
+        self._learn()
+        if len(self._plans) + len(new) > _PLANS:
+            self._plans.clear()
+        for shape in shapes:
+            if shape not in self._plans:
+                self._plans[shape] = self._plan(*shape)
+
+    def _plan(self, names: tuple[Any, ...] | None, fields: tuple[str, ...]) -> _Plan:
+        cells = (*fields, *(names or ()))
+        direct = (
+            names is not None
+            and all(name in self._columns and name not in _OWN for name in cells)
+            and len(set(cells)) == len(cells)
+        )
+        if not direct:
+            cells = tuple(name for name in self._columns if name not in _FIXED)
+        columns = ",".join(map(_quoted, (*_FIXED, *cells)))
+        places = ",".join("?" * (len(_FIXED) + len(cells)))
+        return _Plan(f"INSERT INTO {self._name} ({columns}) VALUES ({places})", cells, direct)  # noqa: S608
 
     def _distinct(self, names: Iterable[Any], room: int) -> list[str]:
         """Those of the names that can become new columns."""

@@ -20,23 +20,30 @@ _PROBE = 256
 
 
 class Coalescer:
-    """Ask `pause` after each read; sleep that long before the next."""
+    """Ask `pause` after each read; sleep that long, then say `resumed`, before the next.
+
+    Times are seconds of one monotonic clock.
+    """
 
     def __init__(self, now: float) -> None:
-        self._last = now
+        self._since = now
         self._paused = False
         self._wide = False
         self._reads = 0
 
     def pause(self, size: int, messages: int, acknowledged: bool, now: float) -> float:
         """Seconds to wait. `size` in bytes; `acknowledged`: some of the messages want a PUBACK."""
-        gap = now - self._last - (_PAUSE if self._paused else 0.0)
+        waited = now - self._since
         probing = False
         if acknowledged:
             self._reads += 1
             if self._paused or messages >= _WIDE:
                 self._wide = messages >= _WIDE
             probing = self._reads % _PROBE == 0
-        self._last = now
-        self._paused = size < _SMALL and gap < _CLOSE and (not acknowledged or self._wide or probing)
+        self._since = now
+        self._paused = size < _SMALL and waited < _CLOSE and (not acknowledged or self._wide or probing)
         return _PAUSE if self._paused else 0.0
+
+    def resumed(self, now: float) -> None:
+        """Reading goes on: what comes at once from now on is still the same stream."""
+        self._since = now

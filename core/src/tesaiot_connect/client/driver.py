@@ -33,7 +33,7 @@ from ..mqtt.properties import P
 from ..mqtt.reasons import R, words
 from ..mqtt.session import Session
 from ..mqtt.topics import check_filter
-from ..protocols import Auth, ByteStream, Connection, Credentials, Dialer, Login, Reader
+from ..protocols import Auth, ByteStream, Connection, Credentials, Dialer, Login, Pausable, Reader
 from .coalesce import Coalescer
 from .handshake import connect_packet, explain
 from .inbox import Inbox, Switchboard
@@ -352,7 +352,10 @@ class Client:
                 await switchboard.room()
                 engine.resume_reading(clock())
             if pause := coalescer.pause(len(data), count, acknowledged, now):
+                if isinstance(live.stream, Pausable):
+                    live.stream.pause()
                 await asyncio.sleep(pause)
+                coalescer.resumed(clock())
 
     async def _handle(self, live: _Connection, events: list[Event], size: int) -> tuple[int, bool]:
         """Acts on events. Returns how many messages came and whether some want acknowledgement."""
@@ -475,7 +478,8 @@ class Client:
     def _flush(self, live: _Connection) -> None:
         """Offers what waits to be published, and has the writer look."""
         self._outbox.offer(live.engine.publish)
-        live.wake.set()
+        if live.engine.has_output:
+            live.wake.set()
 
     async def _write(self, live: _Connection) -> None:
         """The one writer of the stream; watches the engine's clock as well."""

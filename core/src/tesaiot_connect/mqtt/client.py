@@ -134,7 +134,9 @@ class ClientEngine:
             if self._link.ready:
                 self._link.disconnect(R.UNSPECIFIED_ERROR, "the broker stopped answering (no PINGRESP)", {})
             else:
-                self._link.end(Closed(None, "the broker accepted the connection but sent no CONNACK", False, False))
+                self._link.end(
+                    Closed(None, "the broker accepted the connection but sent no CONNACK", False, False)
+                )
         elif self._next_ping is not None and now >= self._next_ping:
             self._link.control.write(b"\xc0\x00")
             self._next_ping = now + self.keepalive
@@ -177,11 +179,15 @@ class ClientEngine:
             link.end(Closed(connack.reason_code, text, True, False, found))
             return
         if connack.session_present and self.connect.clean_start:
-            link.end(Closed(R.PROTOCOL_ERROR, "the server kept a session that was to start clean", False, False))
+            link.end(
+                Closed(R.PROTOCOL_ERROR, "the server kept a session that was to start clean", False, False)
+            )
             return
         method = self.connect.properties.get(P.AUTH_METHOD)
         if found.get(P.AUTH_METHOD, method) != method:
-            raise ProtocolError("CONNACK with a method that CONNECT did not name", reason_code=R.PROTOCOL_ERROR)
+            raise ProtocolError(
+                "CONNACK with a method that CONNECT did not name", reason_code=R.PROTOCOL_ERROR
+            )
         self._deadline = None
         self.connack = connack
         self.keepalive = found.get(P.SERVER_KEEP_ALIVE, self.keepalive)
@@ -261,7 +267,8 @@ class ClientEngine:
     def _ask(self, flow: Flow, packet_id: int, data: bytes, count: int) -> int:
         if len(data) > self._link.peer.maximum_packet_size:
             raise ProtocolError(
-                f"a packet of {len(data)} bytes is larger than the server takes", reason_code=R.PACKET_TOO_LARGE
+                f"a packet of {len(data)} bytes is larger than the server takes",
+                reason_code=R.PACKET_TOO_LARGE,
             )
         flow.write(data)
         flow.reserved.add(packet_id)
@@ -307,6 +314,11 @@ class ClientEngine:
                 reason_code=R.PROTOCOL_ERROR,
             )
         self._link.disconnect(reason_code, "", properties, orderly=True)
+
+    @property
+    def has_output(self) -> bool:
+        """Whether `outputs` would give anything."""
+        return self._link.has_output
 
     def outputs(self) -> list[Output]:
         """What to write; call it after every other call."""

@@ -43,13 +43,21 @@ _CONNACK_CODES = frozenset(
 _SUBACK_CODES_V3 = frozenset((0, 1, 2, 0x80))
 _SUBACK_CODES = frozenset((0, 1, 2, 0x80, 0x83, 0x87, 0x8F, 0x91, 0x97, 0x9E, 0xA1, 0xA2))
 _UNSUBACK_CODES = frozenset((0x00, 0x11, 0x80, 0x83, 0x87, 0x8F, 0x91))
-_DISCONNECT_CODES = frozenset(
-    (0x00, 0x04, *range(0x80, 0x84), 0x87, 0x89, *range(0x8B, 0xA3))
-) - {0x8A, 0x8C, 0x91, 0x92}
+_DISCONNECT_CODES = frozenset((0x00, 0x04, *range(0x80, 0x84), 0x87, 0x89, *range(0x8B, 0xA3))) - {
+    0x8A,
+    0x8C,
+    0x91,
+    0x92,
+}
 _AUTH_CODES = frozenset((0x00, 0x18, 0x19))
 _PUBACK_CODES = frozenset((0x00, 0x10, 0x80, 0x83, 0x87, 0x90, 0x91, 0x97, 0x99))
 _PUBREL_CODES = frozenset((0x00, 0x92))
-ACK_CODES = {t.PUBACK: _PUBACK_CODES, t.PUBREC: _PUBACK_CODES, t.PUBREL: _PUBREL_CODES, t.PUBCOMP: _PUBREL_CODES}
+ACK_CODES = {
+    t.PUBACK: _PUBACK_CODES,
+    t.PUBREC: _PUBACK_CODES,
+    t.PUBREL: _PUBREL_CODES,
+    t.PUBCOMP: _PUBREL_CODES,
+}
 """Reason codes each acknowledgement may carry (MQTT 5 sections 3.4 to 3.7)."""
 
 _NAMES = {b"MQTT": (4, 5), b"MQIsdp": (3,)}
@@ -158,7 +166,9 @@ def decode_connack(cursor: Cursor, version: int) -> Connack:
         code = FROM_CONNACK_V3[raw]
     cursor.finish()
     if code and flags:
-        raise ProtocolError("CONNACK refuses and says that a session is present", reason_code=R.PROTOCOL_ERROR)
+        raise ProtocolError(
+            "CONNACK refuses and says that a session is present", reason_code=R.PROTOCOL_ERROR
+        )
     return Connack(reason_code=int(code), session_present=bool(flags), properties=found)
 
 

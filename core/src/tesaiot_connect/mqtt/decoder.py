@@ -170,17 +170,19 @@ class Decoder:
                         if alias:
                             topic = self._alias(alias, topic)
                         elif not topic:
-                            raise ProtocolError("PUBLISH without topic or alias", reason_code=R.PROTOCOL_ERROR)
+                            raise ProtocolError(
+                                "PUBLISH without topic or alias", reason_code=R.PROTOCOL_ERROR
+                            )
                     else:
                         at += 1
                         if not topic:
-                            raise ProtocolError("PUBLISH without topic or alias", reason_code=R.PROTOCOL_ERROR)
+                            raise ProtocolError(
+                                "PUBLISH without topic or alias", reason_code=R.PROTOCOL_ERROR
+                            )
                 if first == 0x30 and properties is NO_PROPERTIES:
                     messages.append(Message(topic, data[at:stop]))
                 else:
-                    messages.append(
-                        Message(topic, data[at:stop], first >> 1 & 3, first & 1 == 1, properties)
-                    )
+                    messages.append(Message(topic, data[at:stop], first >> 1 & 3, first & 1 == 1, properties))
                 ids.append(packet_id)
                 pos = stop
             else:
@@ -253,9 +255,7 @@ class Decoder:
         try:
             return self._aliases[alias]
         except KeyError:
-            raise ProtocolError(
-                f"topic alias {alias} was never set", reason_code=R.PROTOCOL_ERROR
-            ) from None
+            raise ProtocolError(f"topic alias {alias} was never set", reason_code=R.PROTOCOL_ERROR) from None
 
     def _other(self, first: int, data: bytes, start: int, stop: int, items: list[Any]) -> bool:
         """Decodes one packet that is no PUBLISH; says whether to stop there, which is after
@@ -268,7 +268,9 @@ class Decoder:
                 packet_id = data[start] << 8 | data[start + 1]
                 reason = 0
                 if not packet_id:
-                    raise ProtocolError("an acknowledgement of packet identifier 0", reason_code=R.PROTOCOL_ERROR)
+                    raise ProtocolError(
+                        "an acknowledgement of packet identifier 0", reason_code=R.PROTOCOL_ERROR
+                    )
             else:
                 packet_id, reason = decode_ack(Cursor(data, start, stop), self.version, packet_type)
             last = items[-1] if items else None

@@ -335,7 +335,9 @@ class Flow:
     def _check_announced(self, messages: list[Message]) -> None:
         for message in messages:
             if message.qos > self.maximum_qos:
-                raise ProtocolError(f"QoS {message.qos} is not supported here", reason_code=R.QOS_NOT_SUPPORTED)
+                raise ProtocolError(
+                    f"QoS {message.qos} is not supported here", reason_code=R.QOS_NOT_SUPPORTED
+                )
             if message.retain and not self.retain_available:
                 raise ProtocolError("retained messages are not supported", reason_code=R.RETAIN_NOT_SUPPORTED)
 

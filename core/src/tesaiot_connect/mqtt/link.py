@@ -162,7 +162,9 @@ class Link:
 
     def _emit(self, flow: Flow, messages: list[Message], ids: list[int], keys: list[int]) -> None:
         if messages:
-            self.events.append(Received(flow.stream, messages, ids, flow.hold(messages, ids, self.control.session)))
+            self.events.append(
+                Received(flow.stream, messages, ids, flow.hold(messages, ids, self.control.session))
+            )
         if keys or flow.refused:
             refused, flow.refused = flow.refused, {}
             self.events.append(Acknowledged(flow.stream, keys, refused))
@@ -184,7 +186,14 @@ class Link:
         if self.closed:
             return []
         if stream == CONTROL:
-            self.end(Closed(None, "the connection was lost" if reset else "the peer closed the connection", True, False))
+            self.end(
+                Closed(
+                    None,
+                    "the connection was lost" if reset else "the peer closed the connection",
+                    True,
+                    False,
+                )
+            )
         else:
             flow = self.flows.get(stream)
             if flow is not None and flow.held and not reset and not self.ready:
@@ -223,6 +232,10 @@ class Link:
             return 0
         return flow.publish(messages, keys)
 
+    @property
+    def has_output(self) -> bool:
+        return bool(self._tail) or any(flow.out for flow in self.flows.values())
+
     def outputs(self) -> list[Output]:
         found: list[Output] = [Send(flow.stream, flow.take()) for flow in self.flows.values() if flow.out]
         if self._tail:
@@ -257,7 +270,9 @@ class Link:
         flow.write(data)
         return True
 
-    def disconnect(self, reason_code: int, text: str, properties: Mapping[P, Any], *, orderly: bool = False) -> None:
+    def disconnect(
+        self, reason_code: int, text: str, properties: Mapping[P, Any], *, orderly: bool = False
+    ) -> None:
         """Says DISCONNECT where the version lets this side say it, then closes. In 3.1.1 only a
         client says it, and it means that all is well: the will is discarded."""
         if self.closed:

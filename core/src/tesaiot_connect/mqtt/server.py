@@ -128,7 +128,9 @@ class ServerEngine:
                 text = f"nothing came for {self.keepalive * 1.5:g} s, one and a half times the keepalive"
                 self._link.disconnect(R.KEEP_ALIVE_TIMEOUT, text, {})
             else:
-                text = "no CONNECT came in time" if self.connect is None else "CONNECT was not answered in time"
+                text = (
+                    "no CONNECT came in time" if self.connect is None else "CONNECT was not answered in time"
+                )
                 self._link.end(Closed(None, text, False, False))
         return self._link.take_events()
 
@@ -191,7 +193,9 @@ class ServerEngine:
         code = packet.reason_code
         fits = self._link.ready if code == R.RE_AUTHENTICATE else self._challenged and code != R.SUCCESS
         if method != self.connect.properties.get(P.AUTH_METHOD) or not fits:
-            raise ProtocolError("AUTH with a method or reason that does not fit", reason_code=R.PROTOCOL_ERROR)
+            raise ProtocolError(
+                "AUTH with a method or reason that does not fit", reason_code=R.PROTOCOL_ERROR
+            )
         self._challenged = False
         self._link.events.append(AuthChallenge(method, packet.properties.get(P.AUTH_DATA, b""), False))
 
@@ -226,7 +230,10 @@ class ServerEngine:
         limits = self.limits
         found: dict[P, Any] = {}
         if connect.version == V5:
-            found = {P.RECEIVE_MAXIMUM: limits.receive_maximum, P.MAXIMUM_PACKET_SIZE: limits.maximum_packet_size}
+            found = {
+                P.RECEIVE_MAXIMUM: limits.receive_maximum,
+                P.MAXIMUM_PACKET_SIZE: limits.maximum_packet_size,
+            }
             if limits.topic_alias_maximum:
                 found[P.TOPIC_ALIAS_MAXIMUM] = limits.topic_alias_maximum
             if limits.maximum_qos < 2:
@@ -238,7 +245,9 @@ class ServerEngine:
             found.update(properties)
             self.keepalive = found.get(P.SERVER_KEEP_ALIVE, self.keepalive)
         if not self._say_connack(0, session_present, found):
-            link.end(Closed(R.PACKET_TOO_LARGE, "the client takes no packet as large as CONNACK", False, False))
+            link.end(
+                Closed(R.PACKET_TOO_LARGE, "the client takes no packet as large as CONNACK", False, False)
+            )
             return
         link.control.session = session
         link.last_received = now
@@ -319,9 +328,7 @@ class ServerEngine:
         """
         return self._link.publish(messages, keys, stream)
 
-    def disconnect(
-        self, reason_code: int = 0, *, text: str = "", properties: Mapping[P, Any] = {}
-    ) -> None:
+    def disconnect(self, reason_code: int = 0, *, text: str = "", properties: Mapping[P, Any] = {}) -> None:
         """DISCONNECT (MQTT 5 only), then the end. Idempotent."""
         self._link.disconnect(reason_code, text, properties)
 

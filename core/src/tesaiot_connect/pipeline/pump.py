@@ -21,7 +21,7 @@ import attrs
 import msgspec
 
 from ..backoff import Backoff
-from ..errors import Disconnected, EndOfInput
+from ..errors import EndOfInput
 from ..message import Batch, Delivery, Message, Record, Route, Undecodable
 from ..protocols import RawSerializer, Reader
 from .outlet import PERMANENT, Failure, Outlet, Persistence, Ready, Worker, explain, traceback_of
@@ -255,7 +255,8 @@ class Pump:
 
     async def run(self, opened: asyncio.Barrier, *, must: float | None) -> None:
         """Until the source has no more or is stopped. Meets the others at `opened` twice: when the
-        sources are open, and when the sinks are; only then it moves data. With `must`, what is not `ready` in that many seconds raises."""
+        sources are open, and when the sinks are; only then it moves data. With `must`, what is
+        not `ready` in that many seconds raises."""
         async with asyncio.TaskGroup() as group:
             for worker in self._workers:
                 group.create_task(worker.run(opened, must=must))
@@ -286,10 +287,11 @@ class Pump:
                 await self._move(batch, payloads)
             try:
                 await delivery.ack()
-            except Disconnected as error:
-                log.info(
-                    "pipeline %r could not acknowledge, so it may get these again: %s", stats.name, error
-                )
+            except Exception as error:  # noqa: BLE001 - a source of anybody's
+                log.warning(
+                    "pipeline %r could not acknowledge %d messages, so they may come again: %s",
+                    stats.name, len(payloads), explain(error), exc_info=traceback_of(error),
+                )  # fmt: skip
             else:
                 stats.acknowledged += len(payloads)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -17,7 +18,8 @@ import attrs
 
 from ..errors import ConnectorError
 from ..message import Message
-from ..protocols import Connection
+from ..protocols import Connection, Url
+from .access import Anonymous
 from .connection import ClientConnection
 from .hub import Hub
 from .options import BrokerOptions, ListenerSpec
@@ -104,6 +106,11 @@ class Broker:
             ]
             for spec, address in zip(listeners, addresses, strict=True):
                 log.info("listener %s on %s", spec.name, address)
+                if isinstance(spec.authenticator, Anonymous) and not _private(address):
+                    log.warning(
+                        "listener %s lets everybody who reaches %s do everything: give it an authenticator",
+                        spec.name, address,
+                    )  # fmt: skip
             try:
                 yield addresses
             finally:
@@ -185,6 +192,14 @@ class Broker:
             if self._clock() - swept >= _SWEEP:
                 swept = self._clock()
                 hub.sweep()
+
+
+def _private(address: str) -> bool:
+    """Whether only this machine can reach an address; names are taken at their word."""
+    try:
+        return ipaddress.ip_address(Url.parse(address).host).is_loopback
+    except ValueError:
+        return True
 
 
 async def _cancel(task: asyncio.Task[None]) -> None:

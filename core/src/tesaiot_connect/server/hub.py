@@ -25,7 +25,7 @@ from .options import BrokerOptions, allows, covers
 from .retained import Retained
 from .router import Filter, Router, Target
 from .sessions import ClientSession, Link, Outbox, Sessions, Usage, expiry, remaining
-from .store import Rows, Store, pack, unpack
+from .store import Rows, Store, unpack
 
 log = logging.getLogger(__name__)
 
@@ -340,9 +340,7 @@ class Hub:
                 message = entry.message
                 if entry.expires_at is not None:
                     message = remaining(message, entry.expires_at, now)
-                message = _changed(
-                    message, min(message.qos, target.qos), message.retain, target.identifiers
-                )
+                message = _changed(message, min(message.qos, target.qos), message.retain, target.identifiers)
                 target.subscriber.deliver([message], now, shared=topic_filter)
 
     def _settle_will(self, session: ClientSession, now: float) -> None:
@@ -364,12 +362,12 @@ class Hub:
             return False
         if self.store is None:
             return False
-        self.store.execute("REPLACE INTO retained VALUES (?, ?, ?)", message.topic, expires_at, pack(message))
+        self.store.retain(message.topic, expires_at, message)
         return True
 
     def _forget_retained(self, topic: str) -> None:
         if self.store is not None:
-            self.store.execute("DELETE FROM retained WHERE topic = ?", topic)
+            self.store.retain(topic, None, None)
 
     def _remind(self, when: float, session: ClientSession) -> None:
         head = self.next_due()

@@ -62,9 +62,7 @@ class BrokerOptions:
     """QoS 1 and 2 messages we have unacknowledged with a client; its own Receive Maximum holds too."""
     send_buffer: Size = attrs.field(default=Size(1024 * 1024), validator=_at_least_one)
     """Unsent bytes per connection; beyond, QoS 0 messages are dropped and the others queued."""
-    topic_alias_maximum: int = attrs.field(
-        default=32, validator=[_not_negative, _u16]
-    )
+    topic_alias_maximum: int = attrs.field(default=32, validator=[_not_negative, _u16])
     """Topic aliases per connection, each way."""
     maximum_qos: Literal[0, 1, 2] = 2
     """Higher ones are not accepted; MQTT 5 clients are told."""

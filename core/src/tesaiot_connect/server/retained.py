@@ -125,9 +125,7 @@ class _Node:
     def all_below(self, *, with_dollar: bool) -> Iterator[_Node]:
         """This node and those below it, without recursion: a topic may have thousands of levels."""
         yield self
-        rest = [
-            child for name, child in self.children.items() if with_dollar or not name.startswith("$")
-        ]
+        rest = [child for name, child in self.children.items() if with_dollar or not name.startswith("$")]
         while rest:
             node = rest.pop()
             yield node

@@ -73,10 +73,11 @@ class _Batch:
     statements: list[tuple[str, tuple[Any, ...]]] = attrs.field(factory=list)
     puts: dict[int, tuple[Any, ...]] = attrs.field(factory=dict)
     deletes: list[tuple[int]] = attrs.field(factory=list)
+    retained: dict[str, tuple[str, float | None, bytes] | None] = attrs.field(factory=dict)
     waiting: list[Callable[[], None]] = attrs.field(factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.statements or self.puts or self.deletes or self.waiting)
+        return bool(self.statements or self.puts or self.deletes or self.retained or self.waiting)
 
     def run(self, database: sqlite3.Connection) -> None:
         with database:
@@ -87,6 +88,11 @@ class _Batch:
                 database.executemany("INSERT INTO queue VALUES (?, ?, ?, ?, ?)", self.puts.values())
             if self.deletes:
                 database.executemany("DELETE FROM queue WHERE key = ?", self.deletes)
+            for topic, row in self.retained.items():
+                if row is None:
+                    database.execute("DELETE FROM retained WHERE topic = ?", (topic,))
+                else:
+                    database.execute("REPLACE INTO retained VALUES (?, ?, ?)", row)
 
 
 class Store:
@@ -143,6 +149,13 @@ class Store:
         with self._lock:
             if self._batch.puts.pop(key, None) is None:
                 self._batch.deletes.append((key,))
+        self._soon()
+
+    def retain(self, topic: str, expires_at: float | None, message: Message | None) -> None:
+        """The topic's retained message, None for none any more. Only the last one before a commit
+        is written, so a flood of them costs no memory."""
+        with self._lock:
+            self._batch.retained[topic] = None if message is None else (topic, expires_at, pack(message))
         self._soon()
 
     def when_committed(self, callback: Callable[[], None]) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 from .certificates import Certificates
 from .clock import ManualClock
 from .faults import Faulty
+from .kit import ContractBroken, TransportCheck
 from .pair import Network, PairTransport, connected_pair
-from .transport import ContractBroken, TransportCheck, check_transport, transport_checks
+from .transport import check_transport, transport_checks
 
 __all__ = [
     "Certificates",

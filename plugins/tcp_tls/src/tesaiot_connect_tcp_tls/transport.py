@@ -183,9 +183,9 @@ class TcpTls:
         silent = None
         if context is not None and not accepted:
             silent = Disconnected(
-                f"{self._place} closed the connection right after the TLS handshake",
-                fix="it may require a client certificate, or not accept the one it was shown: "
-                'see auth = { type = "mtls", ... } and the log of the server',
+                f"{self._place} closed the connection right after the TLS handshake: it may require "
+                "a client certificate, or not accept the one it was shown",
+                fix='see auth = { type = "mtls", ... } on the connection, and the log of the server',
             )
         stream = AsyncioStream(explain=explain_tls, half_close=context is None, silent=silent)
         bounds: dict[str, Any] = {}

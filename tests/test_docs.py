@@ -1,0 +1,107 @@
+"""What the documentation shows is what runs: the demo, the examples, the files in the README."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from real_brokers import free_port, stop, until_listening
+from tesaiot_connect import load
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "docs" / "examples"
+TOOL = Path(sys.executable).with_name("tesaiot-connect")
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/README.md")])
+
+
+@pytest.fixture
+def broker_port(tmp_path: Path) -> Iterator[int]:
+    """The broker that docs/examples/broker.toml describes, as a process."""
+    port, log = free_port(), tmp_path / "broker.log"
+    command = [TOOL, "serve", EXAMPLES / "broker.toml", "--set", f"listeners.tcp.port={port}"]
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+            until_listening(port, process, log)
+            yield port
+        finally:
+            assert stop(process) == 0, log.read_text()
+
+
+def publish(port: int, topic: str, payload: str, *options: str) -> None:
+    command = [TOOL, "pub", f"mqtt://127.0.0.1:{port}", topic, payload, *options]
+    subprocess.run(command, check=True, capture_output=True, timeout=30)
+
+
+def test_the_demo_stores_what_it_publishes(tmp_path: Path) -> None:
+    command = [sys.executable, EXAMPLES / "demo" / "run.py", "--seconds", "1", "--data", tmp_path / "data"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Everything that was published is stored." in done.stdout
+    assert (tmp_path / "data" / "telemetry.db").is_file()
+    assert (tmp_path / "data" / "telemetry.jsonl").stat().st_size
+
+
+def test_the_reader_example(broker_port: int) -> None:
+    command = [sys.executable, EXAMPLES / "embedding" / "reader.py", f"mqtt://127.0.0.1:{broker_port}"]
+    topic, payload = "device/d1/telemetry/temperature", '{"value": 25.5}'
+    publish(broker_port, topic, payload, "--retain")  # so that it does not matter who comes first
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        timer = threading.Timer(30, process.kill)
+        timer.start()
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == f"{topic} {payload}\n"
+        finally:
+            timer.cancel()
+            process.kill()
+
+
+def test_the_pipelines_example(broker_port: int, tmp_path: Path) -> None:
+    publish(broker_port, "device/d1/telemetry/temperature", '{"value": 25.5}', "--retain")
+    config = tmp_path / "pipeline.toml"
+    config.write_text(readme_pipeline().replace("1883", str(broker_port)))
+    command = [sys.executable, EXAMPLES / "embedding" / "pipelines.py", config]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert '"device_id":"d1"' in (tmp_path / "telemetry.jsonl").read_text()
+
+
+def readme_pipeline() -> str:
+    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert isinstance(block, str)
+    return block
+
+
+def test_the_pipeline_in_the_readme_is_right(tmp_path: Path) -> None:
+    config = tmp_path / "pipeline.toml"
+    config.write_text(readme_pipeline())
+    assert load(config).pipelines
+    subprocess.run([TOOL, "lint", config], check=True, cwd=tmp_path, capture_output=True)
+
+
+def test_the_demo_pipeline_is_right() -> None:
+    subprocess.run([TOOL, "lint", EXAMPLES / "demo" / "pipeline.toml"], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_the_example_in_the_readme_is_the_one_that_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = (EXAMPLES / "embedding" / "reader.py").read_text(encoding="utf-8")
+    assert block.strip() in code
+    body = [line for line in block.strip().splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    assert len(body) <= 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_make_targets_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    for target in re.findall(r"`make ([a-z]+)`", text):
+        assert target in targets, target
