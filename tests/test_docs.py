@@ -84,10 +84,6 @@ def test_the_pipeline_in_the_readme_is_right(tmp_path: Path) -> None:
     subprocess.run([TOOL, "lint", config], check=True, cwd=tmp_path, capture_output=True)
 
 
-def test_the_demo_pipeline_is_right() -> None:
-    subprocess.run([TOOL, "lint", EXAMPLES / "demo" / "pipeline.toml"], check=True, cwd=ROOT, capture_output=True)
-
-
 def test_the_example_in_the_readme_is_the_one_that_runs() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     code = (EXAMPLES / "embedding" / "reader.py").read_text(encoding="utf-8")

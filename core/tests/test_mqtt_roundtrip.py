@@ -5,13 +5,11 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from tesaiot_connect.errors import ProtocolError
 from tesaiot_connect.message import Message, Properties
-from tesaiot_connect.mqtt import codec
-from tesaiot_connect.mqtt import properties as t
+from tesaiot_connect.mqtt import codec, properties as t
 from tesaiot_connect.mqtt.client import ClientEngine
 from tesaiot_connect.mqtt.decoder import Acks, Decoder, Publishes
 from tesaiot_connect.mqtt.events import (

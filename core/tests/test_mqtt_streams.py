@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from engine_bytes import raw
 
 from tesaiot_connect.message import Message
 from tesaiot_connect.mqtt import codec
@@ -24,10 +25,6 @@ from tesaiot_connect.mqtt.properties import P
 from tesaiot_connect.mqtt.reasons import R
 from tesaiot_connect.mqtt.server import ServerEngine, ServerLimits
 from tesaiot_connect.mqtt.session import Session
-
-
-def raw(text):
-    return bytes.fromhex(text.replace("|", ""))
 
 
 def sent(engine):

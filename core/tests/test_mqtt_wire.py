@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from engine_bytes import raw
 
 from tesaiot_connect.errors import ProtocolError
 from tesaiot_connect.message import Message, Properties
-from tesaiot_connect.mqtt import codec
-from tesaiot_connect.mqtt import properties as t
+from tesaiot_connect.mqtt import codec, properties as t
 from tesaiot_connect.mqtt.decoder import Acks, Decoder, Publishes
 from tesaiot_connect.mqtt.flow import Flow, PeerLimits
 from tesaiot_connect.mqtt.packets import (
@@ -46,10 +46,6 @@ def published(message, *, version=5, server=False, aliases=0):
     assert flow.publish([message], [1]) == 1
     assert flow.refused == {}
     return flow.take()
-
-
-def raw(text):
-    return bytes.fromhex(text.replace("|", ""))
 
 
 CONNECT_V5 = raw(

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+
 from tesaiot_connect import Broker, Client, ClientOptions, InOrder, ListenerSpec, Message, TlsOptions, Url
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_tcp_tls import TcpTls

@@ -50,12 +50,11 @@ async def _check_all(connections: list[MqttConnection], width: int) -> int:
 
 
 async def _check(connection: MqttConnection) -> tuple[bool, str]:
-    from .reach import reach
 
     began = time.monotonic()
     try:
         async with aside(connection, "check") as client:
-            await reach(client)
+            await client.connected(once=True)
             status = client.status
     except ConnectorError as error:
         return False, str(error)

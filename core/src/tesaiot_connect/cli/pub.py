@@ -61,10 +61,9 @@ async def _publish(
     chosen: Client, topic: str, payloads: AsyncIterator[list[bytes]], qos: int, retain: bool
 ) -> None:
     from ..message import Message
-    from .reach import reach
 
     async with chosen as connected:
-        await reach(connected)
+        await connected.connected(once=True)
         async for batch in payloads:
             try:
                 await connected.publish([Message(topic, payload, qos, retain) for payload in batch])

@@ -59,7 +59,6 @@ def command(
 
 async def _print(chosen: Client, filters: Sequence[str], qos: int, count: int | None, as_json: bool) -> None:
     from ..mqtt.packets import Subscription
-    from .reach import reach
 
     render = _as_json if as_json else _as_text
     output = sys.stdout.buffer
@@ -67,7 +66,7 @@ async def _print(chosen: Client, filters: Sequence[str], qos: int, count: int | 
     async with chosen as connected:
         subscriptions = [Subscription(one, qos) for one in filters]
         async with connected.subscribe(subscriptions) as reader:
-            await reach(connected)  # a failure so far is the command's own message
+            await connected.connected(once=True)  # a failure so far is the command's own message
             if logging.getLogger().level > logging.WARNING:
                 logging.getLogger().setLevel(logging.WARNING)
             while left is None or left > 0:

@@ -64,6 +64,13 @@ class _Connection:
         self.wake = asyncio.Event()
         """There may be something to write, or a deadline has moved."""
         self.subacks: dict[int, tuple[Inbox, ...]] = {}
+        self.fix = ""
+
+    def broken(self, error: ConnectorError) -> None:
+        """The transport failed, which ends the connection if nothing else had ended it."""
+        if self.closed is None:
+            self.closed = Closed(None, error.what, True, False)
+            self.fix = error.fix
 
 
 class Client:
@@ -96,6 +103,7 @@ class Client:
         self._live: _Connection | None = None
         self._connack: Connack | None = None
         self._fatal: Refused | None = None
+        self._failure: ConnectorError | None = None
         self._changed = asyncio.Event()
         """Set and replaced whenever the state changes."""
         self._closing = False
@@ -104,7 +112,6 @@ class Client:
         self._since = time.time()
         self._connects = 0
         self._received = 0
-        self._last_error = ""
         self._endpoint = ""
         self._transport = ""
 
@@ -183,14 +190,17 @@ class Client:
             self._flush(live)
         await done
 
-    async def connected(self) -> Connack:
-        """Waits for a connection. Raises Refused when the broker says no for good."""
+    async def connected(self, *, once: bool = False) -> Connack:
+        """Waits for a connection. Raises Refused when the broker says no for good; with `once`,
+        also the error of the first attempt that fails, for callers who do not want to wait."""
         self._start()
         while True:
             if self._live is not None and self._live.accepted and self._connack is not None:
                 return self._connack
             if self._fatal is not None:
                 raise self._fatal
+            if once and self._state == "waiting" and self._failure is not None:
+                raise self._failure
             if self._closing:
                 raise Disconnected(f"the client {self._name} was closed")
             await self._changed.wait()
@@ -210,7 +220,7 @@ class Client:
             received=self._received,
             published=self._outbox.published,
             unrouted=self._switchboard.unrouted,
-            last_error=self._last_error,
+            last_error=str(self._failure or ""),
         )
 
     def _start(self) -> None:
@@ -267,7 +277,7 @@ class Client:
         return self._closing
 
     def _note(self, error: ConnectorError) -> None:
-        self._last_error = str(error)
+        self._failure = error
         log.warning("%s: %s", self._name, error)
 
     def _fall_back(self) -> bool:
@@ -323,7 +333,8 @@ class Client:
             client_id=self._client_id,
             accepted=live.accepted,
             origin=credentials.origin,
-            may_fall_back=self._options.protocol == "auto" and self._version == V5,
+            may_fall_back=self._options.protocol == "auto" and self._version == V5 and not live.fix,
+            fix=live.fix,
         )
 
     # --- one connection -------------------------------------------------------------------
@@ -338,7 +349,7 @@ class Client:
             try:
                 data = await receive(_READ)
             except Disconnected as error:
-                live.closed = live.closed or Closed(None, error.what, True, False)
+                live.broken(error)
                 engine.stream_reset(0, now=clock())
                 break
             now = clock()
@@ -428,7 +439,7 @@ class Client:
         self._connects += 1
         self._connack = connack
         self._fatal = None
-        self._last_error = ""
+        self._failure = None
         live.accepted = True
         inboxes = tuple(self._switchboard.inboxes)
         if not first and connack.session_present:
@@ -508,7 +519,7 @@ class Client:
                     await self._handle(live, engine.handle_timeout(clock()), 0)
                 wake.clear()
         except ConnectorError as error:
-            live.closed = live.closed or Closed(None, error.what, True, False)
+            live.broken(error)
             live.connection.abort()
 
     def _outbox_refused(self, live: _Connection) -> None:

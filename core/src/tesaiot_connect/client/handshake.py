@@ -71,16 +71,24 @@ def connect_packet(
 
 
 def explain(
-    closed: Closed, *, broker: str, client_id: str, accepted: bool, origin: str, may_fall_back: bool
+    closed: Closed,
+    *,
+    broker: str,
+    client_id: str,
+    accepted: bool,
+    origin: str,
+    may_fall_back: bool,
+    fix: str = "",
 ) -> Disconnected:
     """`accepted`: CONNACK had said yes. `origin`: where the credentials were set, "" if nowhere.
+    `fix`: what the transport advised, if it was the transport that broke.
 
     With `may_fall_back` a silent end before CONNACK counts as a refusal of the protocol
     version: some 3.1.1 brokers close without a word when they are spoken to in MQTT 5.
     """
     if closed.reason_code is None or not closed.by_peer:
         if accepted:
-            return Disconnected(f"{broker}: {closed.text}")
+            return Disconnected(f"{broker}: {closed.text}", fix=fix)
         if closed.by_peer and may_fall_back:
             return Refused(
                 f"{broker} closed the connection without a CONNACK",
@@ -88,11 +96,10 @@ def explain(
             )
         return Disconnected(
             f"{broker}: {closed.text}, before CONNACK",
-            fix="check that this port speaks MQTT, and the broker's log for why it refused",
+            fix=fix or "check that this port speaks MQTT, and the broker's log for why it refused",
         )
     code = closed.reason_code
     server = closed.properties.get(P.SERVER_REFERENCE)
-    fix = ""
     if code in (R.BAD_USER_NAME_OR_PASSWORD, R.NOT_AUTHORIZED):
         fix = f"check {origin}" if origin else "set `auth` for this connection"
     elif code == R.SESSION_TAKEN_OVER:

@@ -32,16 +32,18 @@ class MqttConnection:
         self.auth = auth
         self._sources = _Shared()
         self._sinks = _Shared()
+        self._has_sources = False
 
     def source_client(self) -> contextlib.AbstractAsyncContextManager[Client]:
         """The client that reads. Open all sources before the first of them is read: it dials then."""
+        self._has_sources = True
         return self._sources.use(lambda: Client(self.dialer, self.options, auth=self.auth, name=self.name))
 
     def sink_client(self) -> contextlib.AbstractAsyncContextManager[Client]:
         """The client that publishes. Open sources first, so that it knows of them."""
 
         def make() -> Client:
-            if not self._sources.client:
+            if not self._has_sources:
                 return Client(self.dialer, self.options, auth=self.auth, name=self.name)
             own = self.options.client_id and f"{self.options.client_id}-sink"
             options = attrs.evolve(self.options, client_id=own, will=None)

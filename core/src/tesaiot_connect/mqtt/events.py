@@ -82,8 +82,9 @@ class UnsubscribeRequest(NamedTuple):
 
 
 class StreamLost(NamedTuple):
-    """A data stream is gone with everything that lived on it. `unacknowledged` are the keys of
-    QoS 1 and 2 messages in flight there: publish them again, as new."""
+    """A data stream is gone with everything that lived on it, alone or (right before `Closed`) with
+    the connection. `unacknowledged` are the keys of QoS 1 and 2 messages in flight there that the
+    peer has not taken over: publish them again, as new."""
 
     stream: int
     unacknowledged: list[int]

@@ -287,7 +287,7 @@ class Pump:
                 await self._move(batch, payloads)
             try:
                 await delivery.ack()
-            except Exception as error:  # noqa: BLE001 - a source of anybody's
+            except Exception as error:
                 log.warning(
                     "pipeline %r could not acknowledge %d messages, so they may come again: %s",
                     stats.name, len(payloads), explain(error), exc_info=traceback_of(error),
