@@ -225,9 +225,7 @@ def mosquitto(folder: Path) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
         "log_dest stderr\nlog_type subscribe\nset_tcp_nodelay true\n"
     )
     command = [tool, "-c", str(config)]
-    with subprocess.Popen(
-        command, stderr=subprocess.PIPE, bufsize=0, preexec_fn=pin(0)
-    ) as broker:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, bufsize=0, preexec_fn=pin(0)) as broker:
         try:
             deadline = time.monotonic() + 10
             while True:
@@ -298,7 +296,16 @@ def cases(feeder: Path, folder: Path, scale: float, repetitions: int, rate: floa
         Case("flood-qos0-jsonl-aiomqtt", AIOMQTT, flooded(0), big, slow, few, "rate", "messages/s"),
         Case("flood-qos1-jsonl-aiomqtt", AIOMQTT, flooded(1), big, slow, few, "rate", "messages/s"),
         Case("mosquitto-qos0-cpu", GMQTT, brokered(0), cpu, cpu, repetitions, "cpu", "us/message"),
-        Case("mosquitto-qos0-cpu-mosquitto_sub", MOSQUITTO_SUB, brokered(0), cpu, cpu, repetitions, "cpu", "us/message"),
+        Case(
+            "mosquitto-qos0-cpu-mosquitto_sub",
+            MOSQUITTO_SUB,
+            brokered(0),
+            cpu,
+            cpu,
+            repetitions,
+            "cpu",
+            "us/message",
+        ),
         Case("mosquitto-qos0-cpu-paho", PAHO, brokered(0), cpu, cpu, few, "cpu", "us/message"),
         Case("mosquitto-qos0-cpu-aiomqtt", AIOMQTT, brokered(0), cpu, cpu, few, "cpu", "us/message"),
         Case("mosquitto-qos1-cpu", GMQTT, brokered(1), cpu // 2, cpu // 2, few, "cpu", "us/message"),
@@ -317,9 +324,13 @@ def measured(case: Case, peaks: dict[str, float], progress: bool) -> dict[str, o
             peaks[contender.name] = max(peaks.get(contender.name, 0.0), run.memory)
             if progress:
                 print(
-                    f"\r\x1b[K{case.name}: {contender.name} {figures[-1]:,.2f} {case.unit}", end="", flush=True
+                    f"\r\x1b[K{case.name}: {contender.name} {figures[-1]:,.2f} {case.unit}",
+                    end="",
+                    flush=True,
                 )
-    return row(case.name, statistics.median(ours_figures), statistics.median(peer_figures), case.peer.name, case.unit)
+    return row(
+        case.name, statistics.median(ours_figures), statistics.median(peer_figures), case.peer.name, case.unit
+    )
 
 
 def row(case: str, ours_figure: float, peer_figure: float, peer_name: str, unit: str) -> dict[str, object]:
@@ -343,7 +354,9 @@ def main() -> int:
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--scale", type=float, default=1.0, help="of the message counts")
-    parser.add_argument("--rate", type=float, default=0, help="messages/s into mosquitto; 0 is as fast as it takes")
+    parser.add_argument(
+        "--rate", type=float, default=0, help="messages/s into mosquitto; 0 is as fast as it takes"
+    )
     parser.add_argument("--quick", action="store_true", help="one small repetition, to see that it works")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "latest.json")
     arguments = parser.parse_args()

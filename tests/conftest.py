@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from real_brokers import Mosquitto
+
 from tesaiot_connect.testing import Certificates
 
 

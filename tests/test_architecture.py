@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 import tesaiot_connect
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,7 +69,9 @@ def test_plugins_import_the_root_alone(package: Path) -> None:
     """Their tests may import `tesaiot_connect.testing` too."""
     own = f"tesaiot_connect_{package.name}"
     for file in package.glob("**/*.py"):
-        allowed = {"tesaiot_connect", "tesaiot_connect.testing"} if "tests" in file.parts else {"tesaiot_connect"}
+        allowed = (
+            {"tesaiot_connect", "tesaiot_connect.testing"} if "tests" in file.parts else {"tesaiot_connect"}
+        )
         for found in imports(ast.parse(file.read_text(encoding="utf-8"))):
             if found.startswith("tesaiot_connect") and found.split(".")[0] != own:
                 assert found in allowed, f"{name(file)} imports {found}"
@@ -98,10 +101,12 @@ def test_package(package: Path) -> None:
     project = tomllib.loads((package / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     (source,) = (folder for folder in (package / "src").iterdir() if (folder / "__init__.py").is_file())
     assert (source / "py.typed").is_file()
-    assert project["version"] == tomllib.loads((ROOT / "core/pyproject.toml").read_text())["project"]["version"]
+    assert (
+        project["version"] == tomllib.loads((ROOT / "core/pyproject.toml").read_text())["project"]["version"]
+    )
     assert project["license"] == "Apache-2.0"
     assert (package / project["readme"]).read_text(encoding="utf-8").strip()
-    assert [file for file in (package / "tests").glob("test_*.py")], "a package has tests"
+    assert list((package / "tests").glob("test_*.py")), "a package has tests"
 
 
 def test_test_files_have_names_of_their_own() -> None:

@@ -16,6 +16,7 @@ import pytest
 from paho.mqtt.packettypes import PacketTypes
 from paho.mqtt.properties import Properties
 from real_brokers import program
+
 from tesaiot_connect.protocols import Url
 from tesaiot_connect.server import Broker, BrokerOptions, ListenerSpec
 from tesaiot_connect.testing import Certificates
@@ -45,7 +46,9 @@ def with_broker(
 class Paho:
     """A paho client whose messages come out of a queue."""
 
-    def __init__(self, port: int, version: int, client_id: str = "", *, keep: bool = False, ca: str = "") -> None:
+    def __init__(
+        self, port: int, version: int, client_id: str = "", *, keep: bool = False, ca: str = ""
+    ) -> None:
         options = {} if version == paho.MQTTv5 else {"clean_session": not keep}
         self.client = paho.Client(
             paho.CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTProtocolVersion(version), **options
@@ -163,7 +166,10 @@ def test_mqtt_js(version: int) -> None:
 
 @pytest.mark.parametrize("version", ["mqttv311", "mqttv5"])
 def test_mosquitto_tools(version: str) -> None:
-    publish, subscribe = program("mosquitto_pub", "mosquitto-clients"), program("mosquitto_sub", "mosquitto-clients")
+    publish, subscribe = (
+        program("mosquitto_pub", "mosquitto-clients"),
+        program("mosquitto_sub", "mosquitto-clients"),
+    )
     topic = f"tools/{uuid4()}"
 
     def work(port: int) -> None:
@@ -176,7 +182,9 @@ def test_mosquitto_tools(version: str) -> None:
         ) as listener:
             assert listener.stdout is not None
             assert listener.stdout.readline() == "kept\n"
-            subprocess.run([publish, *common, "-q", "2", "-l"], input=lines, text=True, check=True, timeout=30)
+            subprocess.run(
+                [publish, *common, "-q", "2", "-l"], input=lines, text=True, check=True, timeout=30
+            )
             assert listener.stdout.read() == lines
 
     with_broker(work)

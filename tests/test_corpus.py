@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+
 from tesaiot_connect.errors import ProtocolError
 from tesaiot_connect.mqtt.decoder import Decoder
 
@@ -71,9 +72,7 @@ PACKETS = json.loads(OWN.read_text(encoding="utf-8"))
 @pytest.mark.parametrize("piece", [0, 1, 3])
 def test_own_corpus(packet: dict[str, Any], piece: int) -> None:
     data = bytes.fromhex(packet["hex"])
-    items, left = decode(
-        data, from_client=packet["from"] == "client", version=packet["version"], piece=piece
-    )
+    items, left = decode(data, from_client=packet["from"] == "client", version=packet["version"], piece=piece)
     error = error_of(items)
     if packet["valid"]:
         assert error is None, packet["why"]

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 from real_brokers import free_port, stop, until_listening
+
 from tesaiot_connect import load
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 TOOL = Path(sys.executable).with_name("tesaiot-connect")
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/**/*.md"), *ROOT.glob("plugins/*/README.md")])
+PAGES = sorted(
+    [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("plugins/*/README.md"),
+    ]
+)
 
 
 @pytest.fixture
@@ -88,7 +96,11 @@ def test_the_example_in_the_readme_is_the_one_that_runs() -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     code = (EXAMPLES / "embedding" / "reader.py").read_text(encoding="utf-8")
     assert block.strip() in code
-    body = [line for line in block.strip().splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    body = [
+        line
+        for line in block.strip().splitlines()
+        if line.strip() and not line.startswith(("import", "from"))
+    ]
     assert len(body) <= 10
 
 

@@ -10,6 +10,7 @@ from uuid import uuid4
 
 import pytest
 from real_brokers import Mosquitto, program
+
 from tesaiot_connect.backoff import Backoff
 from tesaiot_connect.client import Client, ClientOptions
 from tesaiot_connect.errors import ConnectorError, Refused
@@ -41,7 +42,9 @@ class _Login:
 class Identity:
     """The smallest auth: a certificate, a name and password, or both."""
 
-    def __init__(self, certificate: ClientCertificate | None = None, user: str = "", password: str = "") -> None:
+    def __init__(
+        self, certificate: ClientCertificate | None = None, user: str = "", password: str = ""
+    ) -> None:
         self._certificate = certificate
         self._credentials = Credentials(user or None, password.encode() or None)
 
@@ -151,7 +154,21 @@ def test_us_to_mosquitto_sub(mosquitto: Mosquitto, qos: int) -> None:
     async def main() -> None:
         async with client(mosquitto.url) as publisher:
             await publisher.publish([Message(topic, b"a value", qos=qos, retain=True)])
-            command = [tool, "-p", str(mosquitto.port), "-t", topic, "-q", "2", "-C", "1", "-W", "20", "-F", "%q %p"]
+            command = [
+                tool,
+                "-p",
+                str(mosquitto.port),
+                "-t",
+                topic,
+                "-q",
+                "2",
+                "-C",
+                "1",
+                "-W",
+                "20",
+                "-F",
+                "%q %p",
+            ]
             found = await asyncio.to_thread(subprocess.run, command, check=True, stdout=subprocess.PIPE)
             assert found.stdout.split(None, 1) == [b"%d" % qos, b"a value\n"]
 
@@ -178,7 +195,11 @@ def test_properties_pass_end_to_end(mosquitto: Mosquitto) -> None:
             await publisher.publish([Message(topic, b"{}", qos=1, properties=properties)])
             (message,) = await read(reader, 1)
             sent = message.properties
-            assert (sent.payload_format, sent.content_type, sent.user) == (1, "application/json", properties.user)
+            assert (sent.payload_format, sent.content_type, sent.user) == (
+                1,
+                "application/json",
+                properties.user,
+            )
             assert (sent.response_topic, sent.correlation_data) == ("answers/here", b"\x00\x01")
 
     run(main())
@@ -334,7 +355,9 @@ def test_wrong_password_is_refused_for_good(folder: Path) -> None:
         async with client(broker.url, auth=Identity(user="device", password="right")) as one:
             await one.publish([Message("t", b"x", qos=1)])
         for version in ("5", "3.1.1"):
-            async with client(broker.url, version=version, auth=Identity(user="device", password="no")) as one:
+            async with client(
+                broker.url, version=version, auth=Identity(user="device", password="no")
+            ) as one:
                 with pytest.raises(Refused) as refused:
                     await one.connected()
                 assert refused.value.permanent

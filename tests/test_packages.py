@@ -17,7 +17,16 @@ PACKAGES = ["core", *sorted(f"plugins/{file.parent.name}" for file in ROOT.glob(
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("wheels")
     for package in PACKAGES:
-        command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), package]
+        command = [
+            sys.executable,
+            "-m",
+            "build",
+            "--wheel",
+            "--no-isolation",
+            "--outdir",
+            str(folder),
+            package,
+        ]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     return folder
@@ -43,7 +52,7 @@ def test_wheels_install_in_an_empty_environment(wheels: Path, tmp_path: Path) ->
         env=environment,
     )
     assert "tcp_tls" in shown.stdout
-    code = "import tesaiot_connect, pathlib; print(pathlib.Path(tesaiot_connect.__file__).with_name('py.typed').is_file())"
+    code = "from importlib.resources import files; print((files('tesaiot_connect') / 'py.typed').is_file())"
     typed = subprocess.run(
         [str(bin_folder / "python"), "-c", code], capture_output=True, text=True, check=True, env=environment
     )

@@ -1,4 +1,4 @@
-"""The bench's job with paho-mqtt: PORT QOS FILE. Subscribe, parse, append {"topic", "value"} as a JSON line."""
+"""The bench's job with paho-mqtt: PORT QOS FILE. Subscribe, parse, append {"topic", "value"} as JSON."""
 
 from __future__ import annotations
 

@@ -140,7 +140,8 @@ class World:
         self.rng = random.Random(seed)
         self.version, self.forgetful = version, forgetful
         self.client, self.server = Side("c", self.rng), Side("s", self.rng)
-        self.forgotten = 0
+        self.untold = False
+        """The client has not heard yet that its session is gone: no server should build on that one."""
         self.lost_keys = []
         self.now = 0.0
         self.limits = ServerLimits(
@@ -196,15 +197,16 @@ class World:
             assert not isinstance(event, Closed), event
             if isinstance(event, ConnectRequest):
                 present = True
-                if self.forgetful and self.rng.random() < 0.3:
+                if self.forgetful and (self.untold or self.rng.random() < 0.3):
                     present = False
-                    self.forgotten += 1
+                    self.untold = True
                     self.lost_keys += [one.key for one in self.server.session.outbound.values()]
                     self.server.session = Session()
                     self.server.tokens.clear()
                 self.server.accepted = True
                 self.server.engine.accept(self.server.session, now=self.now, session_present=present)
             elif isinstance(event, Connected):
+                self.untold = False
                 if not event.connack.session_present:
                     self.client.tokens.clear()
             elif isinstance(event, Received):

@@ -160,7 +160,8 @@ def test_a_packet_identifier_in_use_is_not_taken_again():
     [event] = engine.receive_data(raw("90 04 fffe 00 01"), now=0.0)
     assert event == Suback(65534, (1,), "")
     session.last_id = 65533
-    assert engine.subscribe([Subscription("c")]) == 65534
+    assert engine.publish([Message("t", b"", 1)], [3]) == 1
+    assert list(session.outbound) == [1, 2, 65534]
 
 
 def test_identifiers_never_run_out_when_a_session_is_full_of_released_messages():

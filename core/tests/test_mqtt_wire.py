@@ -548,3 +548,13 @@ def test_a_payload_beyond_what_a_packet_can_hold_is_refused():
     assert flow.publish([Message("t", bytes(268_435_456))], [1]) == 1
     assert flow.refused == {1: R.PACKET_TOO_LARGE}
     assert flow.take() == b""
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_decoder_stops_behind_connect_and_goes_on_in_its_version(version):
+    gap = "" if version == 4 else "00"
+    connect = codec.encode_connect(Connect(client_id="c", version=version))
+    decoder = Decoder(from_client=True, version=9 - version)
+    publish = raw(f"30 {4 + version - 4:02x} 0001 61 {gap} 78")
+    assert [type(item) for item in decoder.feed(connect + publish)] == [Connect]
+    assert decoder.feed(b"") == [Publishes([Message("a", b"x")], [0], False)]

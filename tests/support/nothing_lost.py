@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 from real_brokers import Mosquitto, free_port, stop, until_listening
+
 from tesaiot_connect import Backoff, Client, ClientOptions, Duration, InOrder, Message, Url
 from tesaiot_connect_tcp_tls import TcpTls
 
@@ -163,9 +164,7 @@ class _Publisher:
         self._more.set()
 
     async def run(self, port: int) -> None:
-        options = ClientOptions(
-            client_id="devices", reconnect=Backoff(min=Duration(0.05), max=Duration(0.5))
-        )
+        options = ClientOptions(client_id="devices", reconnect=Backoff(min=Duration(0.05), max=Duration(0.5)))
         transport = TcpTls(url=Url.parse(f"mqtt://127.0.0.1:{port}"))
         async with Client(InOrder([transport]), options) as client:
             while self.acknowledged < self._messages:

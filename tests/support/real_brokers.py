@@ -76,7 +76,9 @@ class Mosquitto:
         self.log = folder / "mosquitto.log"
         self._config = folder / "mosquitto.conf"
         self._process: subprocess.Popen[bytes] | None = None
-        anonymous = [] if any(line.startswith("allow_anonymous") for line in lines) else ["allow_anonymous true"]
+        anonymous = (
+            [] if any(line.startswith("allow_anonymous") for line in lines) else ["allow_anonymous true"]
+        )
         stored = ["persistence true", f"persistence_location {folder}/"] if persistence else []
         self._config.write_text(
             "\n".join(
