@@ -15,8 +15,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from tesaiot_connect.builtin import JsonlSink, JsonlSource, JsonSerializer, NullSink, StdoutSink
-from tesaiot_connect.builtin import jsonl_sink as sink_module
+from tesaiot_connect.builtin import (
+    JsonlSink,
+    JsonlSource,
+    JsonSerializer,
+    NullSink,
+    StdoutSink,
+    jsonl_sink as sink_module,
+)
 from tesaiot_connect.errors import ConnectorError, EndOfInput, EndOfOutput, PartialDelivery, PayloadError
 from tesaiot_connect.message import Batch, Message, Record, Route
 from tesaiot_connect.protocols import Duration, Sink, Size, Source

@@ -9,11 +9,15 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
-from tesaiot_connect.builtin import GeneratorSource, JsonSerializer, MsgpackSerializer, RawPayload
-from tesaiot_connect.builtin import generator as generator_module
+from tesaiot_connect.builtin import (
+    GeneratorSource,
+    JsonSerializer,
+    MsgpackSerializer,
+    RawPayload,
+    generator as generator_module,
+)
 from tesaiot_connect.errors import EndOfInput, PayloadError
 from tesaiot_connect.message import Message, Undecodable
 from tesaiot_connect.pipeline import Routes, TopicFields

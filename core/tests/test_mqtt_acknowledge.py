@@ -119,7 +119,8 @@ def test_what_is_settled_while_the_next_connection_waits_for_connack_counts():
     [event] = engine.receive_data(raw(PUBLISH_Q2.format(3)), now=0.0)
     again = ServerEngine(ServerLimits(), now=0.0)
     again.receive_data(codec.encode_connect(Connect(client_id="c", clean_start=False)), now=0.0)
-    again.settle(event.token)
+    assert not again.accepted
+    session.settle_unconnected(event.token)
     again.accept(session, now=0.0, session_present=True)
     written(again)
     assert again.receive_data(raw("3c 07 0001 74 0003 00 78"), now=0.0) == []

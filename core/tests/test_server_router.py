@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from tesaiot_connect.message import Message, Properties
 from tesaiot_connect.mqtt.packets import Subscription

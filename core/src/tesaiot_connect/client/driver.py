@@ -406,18 +406,19 @@ class Client:
                 return
             if error is None:
                 current = self._live
-                if current is None:
+                if current is None or not current.accepted:
                     self._session.settle_unconnected(token)
-                    return
-                if current is live or self._session.unsettled:
+                elif current is live or self._session.unsettled:
                     current.engine.settle(token)
                     current.wake.set()
             else:
-                self._session.forget(token)
-                if live is self._live:
+                current = self._live if self._session.forget(token) else live
+                if current is not None and current is self._live:
                     log.warning("%s: a batch was refused downstream, reconnecting: %s", self._name, error)
-                    live.closed = live.closed or Closed(None, f"a batch was refused: {error}", False, False)
-                    live.connection.abort()
+                    current.closed = current.closed or Closed(
+                        None, f"a batch was refused: {error}", False, False
+                    )
+                    current.connection.abort()
 
         delivery = Delivery(Batch(event.messages, time.time()), settle)
         left = self._switchboard.dispatch(delivery, size)

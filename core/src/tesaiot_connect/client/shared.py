@@ -43,10 +43,14 @@ class MqttConnection:
         """The client that publishes. Open sources first, so that it knows of them."""
 
         def make() -> Client:
+            # It starts clean: what an earlier run left unacknowledged was never settled at its
+            # source and comes again from there, while the broker would take a new QoS 2 message
+            # under an identifier of that run for a duplicate, and drop it.
+            options = attrs.evolve(self.options, clean_session=True)
             if not self._has_sources:
-                return Client(self.dialer, self.options, auth=self.auth, name=self.name)
-            own = self.options.client_id and f"{self.options.client_id}-sink"
-            options = attrs.evolve(self.options, client_id=own, will=None)
+                return Client(self.dialer, options, auth=self.auth, name=self.name)
+            own = options.client_id and f"{options.client_id}-sink"
+            options = attrs.evolve(options, client_id=own, will=None)
             return Client(self.dialer, options, auth=self.auth, name=f"{self.name}-sink")
 
         return self._sinks.use(make)

@@ -19,8 +19,7 @@ from ..client import ClientOptions, MqttConnection
 from ..errors import PluginError, Problem
 from ..negotiation import InOrder
 from ..pipeline import OnError, PipelineSpec, SinkSpec, SourceSpec, TopicFields
-from ..plugins import Catalog, Kind
-from ..plugins import load as load_catalog
+from ..plugins import Catalog, Kind, load as load_catalog
 from ..protocols import Auth, Process, Serializer, Transport, Url
 from . import checks
 from .document import Document, Text, nearest, read_env_file, show

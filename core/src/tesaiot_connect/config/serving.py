@@ -12,8 +12,7 @@ from typing import Any
 
 import attrs
 
-from ..plugins import Catalog
-from ..plugins import load as load_catalog
+from ..plugins import Catalog, load as load_catalog
 from ..protocols import Authenticator, Url
 from ..server import BrokerOptions, ListenerSpec
 from .compose import Composer, read

@@ -63,8 +63,6 @@ class ServerEngine:
         self.keepalive = 0
         self._deadline = now + limits.connect_timeout
         self._challenged = False
-        self._early: list[int] = []
-        """Tokens of an earlier connection of the session, settled before this one was accepted."""
         self._link = Link(
             self._handle,
             Session(),
@@ -89,6 +87,10 @@ class ServerEngine:
     def client_id(self) -> str:
         """As CONNECT named it; empty before, and where the server assigns one."""
         return self.connect.client_id if self.connect is not None else ""
+
+    @property
+    def accepted(self) -> bool:
+        return self._link.ready
 
     # --- input ----------------------------------------------------------------------------
 
@@ -252,8 +254,6 @@ class ServerEngine:
         link.control.session = session
         link.last_received = now
         link.start(link.version, link.peer, limits.outbound_window)
-        for token in self._early:
-            link.settle(token, None)
         link.control.resume(dup=True)
         link.release_held()
 
@@ -313,12 +313,10 @@ class ServerEngine:
         """PUBACK or PUBREC for every message of that `Received`, in order of arrival.
 
         `reasons` are parallel to its messages (MQTT 5 only); None is success for all. A token of an
-        earlier connection of the same session is fine, and `reasons` do not count then.
+        earlier connection of the same session is fine, and `reasons` do not count then. Before
+        `accept` there is no session here yet: use its `settle_unconnected`.
         """
-        if self._link.ready:
-            self._link.settle(token, reasons)
-        else:
-            self._early.append(token)
+        self._link.settle(token, reasons)
 
     def publish(self, messages: Sequence[Message], keys: Sequence[int], *, stream: int = 0) -> int:
         """Encodes messages from the front as window and buffer allow; returns how many were taken.

@@ -60,10 +60,14 @@ class Session:
             self.inbound.add(packet_id)
         return safe
 
-    def forget(self, token: int) -> None:
-        """What `token` held of QoS 2 was not taken: when the peer sends it again, it is new."""
-        for packet_id in [one for one, holder in self.unsettled.items() if holder == token]:
+    def forget(self, token: int) -> bool:
+        """What `token` held of QoS 2 was not taken: when the peer sends it again, it is new.
+
+        Says whether there was any."""
+        held = [packet_id for packet_id, holder in self.unsettled.items() if holder == token]
+        for packet_id in held:
             del self.unsettled[packet_id]
+        return bool(held)
 
     def forget_inbound(self) -> None:
         """The peer starts a new session: its identifiers mean nothing any more."""

@@ -109,8 +109,11 @@ class ClientConnection:
         return taken
 
     def settle(self, token: int, reasons: Sequence[int] | None, /) -> None:
-        self._engine.settle(token, reasons)
-        self._flush()
+        if self._engine.accepted:
+            self._engine.settle(token, reasons)
+            self._flush()
+        elif self.session is not None:
+            self.session.state.settle_unconnected(token)
 
     def disconnect(self, reason_code: int, text: str = "", /) -> None:
         self._engine.disconnect(reason_code, text=text)
@@ -324,6 +327,7 @@ class ClientConnection:
         if hasattr(answer, "respond"):
             self._challenge = cast("Challenge", answer)
             self._engine.challenge(credentials.method or "", self._challenge.data)
+            await self._handle(self._engine.take_events())
             return
         self._challenge = None
         self._set_principal(answer)
