@@ -12,14 +12,19 @@ import json
 import os
 import random
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
 from tesaiot_connect.errors import ProtocolError
+from tesaiot_connect.mqtt.client import ClientEngine
 from tesaiot_connect.mqtt.decoder import Decoder
+from tesaiot_connect.mqtt.events import Close, Closed, Connected, ConnectRequest
+from tesaiot_connect.mqtt.packets import Connect
+from tesaiot_connect.mqtt.server import ServerEngine, ServerLimits
+from tesaiot_connect.mqtt.session import Session
 
 OWN = Path(__file__).parent / "corpus" / "packets.json"
 FOREIGN = Path(os.environ["TESAIOT_CORPUS"]) if os.environ.get("TESAIOT_CORPUS") else None
@@ -233,13 +238,12 @@ def flat(items: list[Any]) -> list[str]:
     return out
 
 
-@needs_corpus
-def test_damaged_packets_never_raise_anything_else() -> None:
-    """Flip, cut, insert and repeat bytes of every packet, reproducibly."""
+def damaged(packets: Iterable[bytes], times: int) -> Iterator[tuple[bytes, int, bool]]:
+    """Flip, cut, insert and repeat bytes of every packet, reproducibly; with a version and a side."""
     source = random.Random(5)
-    for entry in ENTRIES:
-        for _ in range(60):
-            data = bytearray(entry.data)
+    for packet in packets:
+        for _ in range(times):
+            data = bytearray(packet)
             for _ in range(source.randint(1, 4)):
                 at = source.randrange(len(data) + 1)
                 match source.randrange(4):
@@ -250,7 +254,49 @@ def test_damaged_packets_never_raise_anything_else() -> None:
                     case 2:
                         data[at:at] = source.randbytes(source.randint(1, 3))
                     case _:
-                        data += entry.data
-            version, from_client = source.choice((4, 5)), source.random() < 0.5
-            items, _ = decode(bytes(data), from_client=from_client, version=version)
-            assert not any(isinstance(item, ProtocolError) for item in items[:-1])
+                        data += packet
+            yield bytes(data), source.choice((4, 5)), source.random() < 0.5
+
+
+ALL = [*(bytes.fromhex(packet["hex"]) for packet in PACKETS), *(entry.data for entry in ENTRIES)]
+
+
+def test_damaged_packets_never_raise_anything_else() -> None:
+    for data, version, from_client in damaged(ALL, 60):
+        items, _ = decode(data, from_client=from_client, version=version)
+        assert not any(isinstance(item, ProtocolError) for item in items[:-1])
+
+
+def server_after_connect(version: int) -> ServerEngine:
+    engine = ServerEngine(ServerLimits(), now=0.0)
+    connect = "10 0d 00 04 4d 51 54 54 04 02 00 3c 00 01 63"
+    if version == 5:
+        connect = "10 0e 00 04 4d 51 54 54 05 02 00 3c 00 00 01 63"
+    (request,) = engine.receive_data(bytes.fromhex(connect), now=0.0)
+    assert isinstance(request, ConnectRequest)
+    engine.accept(Session(), now=0.0, session_present=False)
+    return engine
+
+
+def client_after_connack(version: int) -> ClientEngine:
+    engine = ClientEngine(Connect(client_id="c", version=version), Session(), now=0.0)
+    connack = "20 03 00 00 00" if version == 5 else "20 02 00 00"
+    (connected,) = engine.receive_data(bytes.fromhex(connack), now=0.0)
+    assert isinstance(connected, Connected)
+    return engine
+
+
+def test_damaged_packets_end_engines_in_order() -> None:
+    """An engine that is given nonsense answers or closes; it raises nothing, and says nothing after that."""
+    for data, version, from_client in damaged(ALL, 15):
+        engine = server_after_connect(version) if from_client else client_after_connack(version)
+        engine.outputs()
+        events = engine.receive_data(data, now=1.0)
+        closed = [event for event in events if isinstance(event, Closed)]
+        assert len(closed) <= 1
+        if closed:
+            assert events[-1] is closed[0]
+            sent = engine.outputs()
+            assert any(isinstance(output, Close) for output in sent)
+            assert engine.receive_data(data, now=2.0) == []
+            assert engine.outputs() == []
