@@ -8,10 +8,11 @@ the environment is never shown, only the text that was written.
 from __future__ import annotations
 
 import difflib
+import io
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -20,7 +21,6 @@ from .lines import Path, find_lines
 
 _VARIABLE = re.compile(r"\$\$|\$\{([^}]*)\}?")
 _REFERENCE = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)(?::([-?])(.*))?\Z", re.DOTALL)
-_ENV_LINE = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)\s*=\s*(.*?)\s*\Z")
 
 
 class Text(str):
@@ -246,29 +246,25 @@ def show(value: Any) -> str:
 
 
 def read_env_file(path: str | os.PathLike[str]) -> dict[str, str]:
-    """NAME=value lines; `#` comments, `export` and quotes are understood. Raises ConfigError."""
+    """The variables of a .env file, in python-dotenv's syntax. Raises ConfigError."""
+    from dotenv.parser import parse_stream
+
     file = os.fspath(path)
     try:
         text = FilePath(file).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError([Problem(file, 0, "", f"cannot be read: {reason}", "Check --env-file")]) from error
-    return dict(_env_lines(file, text))
-
-
-def _env_lines(file: str, text: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or line.lstrip().startswith("#"):
-            continue
-        match = _ENV_LINE.match(line)
-        if match is None:
-            raise ConfigError([Problem(file, number, "", "is not a NAME=value line")])
-        name, value = match.groups()
-        if len(value) >= 2 and value[0] in "\"'" and value[-1] == value[0]:
-            value = value[1:-1]
-        else:
-            value = re.sub(r"\s+#.*", "", value)
-        yield name, value
+    found: dict[str, str] = {}
+    wrong: list[Problem] = []
+    for binding in parse_stream(io.StringIO(text)):
+        if binding.error or (binding.key is not None and binding.value is None):
+            wrong.append(Problem(file, binding.original.line, "", "is not a NAME=value line"))
+        elif binding.key is not None and binding.value is not None:
+            found[binding.key] = binding.value
+    if wrong:
+        raise ConfigError(wrong)
+    return found
 
 
 def _parse_key(key: str) -> tuple[str, ...] | None:
