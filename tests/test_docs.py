@@ -37,7 +37,8 @@ def broker_port(tmp_path: Path) -> Iterator[int]:
             until_listening(port, process, log)
             yield port
         finally:
-            assert stop(process) == 0, log.read_text()
+            code = stop(process)
+    assert code == 0 or sys.platform == "win32", log.read_text()
 
 
 def publish(port: int, topic: str, payload: str, *options: str) -> None:

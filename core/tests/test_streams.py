@@ -11,15 +11,10 @@ from typing import Any
 
 import pytest
 
+from tesaiot_connect.accept import accepting, serving
 from tesaiot_connect.errors import Disconnected, Unsupported
 from tesaiot_connect.protocols import Peer, State
-from tesaiot_connect.streams import (
-    AsyncioStream,
-    StreamConnection,
-    accepting,
-    explain_os_error,
-    serving,
-)
+from tesaiot_connect.streams import AsyncioStream, StreamConnection, explain_os_error
 
 LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
 try:

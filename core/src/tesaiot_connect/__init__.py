@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .accept import accepting as accepting, serving as serving
     from .backoff import Backoff as Backoff
     from .client import (
         Client as Client,
@@ -95,8 +96,6 @@ if TYPE_CHECKING:
     from .streams import (
         AsyncioStream as AsyncioStream,
         StreamConnection as StreamConnection,
-        accepting as accepting,
-        serving as serving,
     )
     from .tls import (
         ServerTls as ServerTls,
@@ -170,9 +169,8 @@ _HOMES = {
     "streams": (
         "AsyncioStream",
         "StreamConnection",
-        "accepting",
-        "serving",
     ),
+    "accept": ("accepting", "serving"),
     "tls": (
         "ServerTls",
         "TlsOptions",

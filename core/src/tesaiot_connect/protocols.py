@@ -14,7 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import attrs
 
-from .message import Batch, Delivery, Record
+from .message import Delivery, Record
 
 Duration = NewType("Duration", float)
 """Seconds. In TOML a string with a unit: "200ms", "10s", "5m", "2h", "7d"."""
@@ -226,9 +226,7 @@ class Transport(Protocol):
     races: ClassVar[bool]
     """False: cannot prove a handshake before CONNECT, so it is tried alone."""
 
-    async def connect(
-        self, *, identity: ClientCertificate | None = None, early: bytes = b""
-    ) -> Connection:
+    async def connect(self, *, identity: ClientCertificate | None = None, early: bytes = b"") -> Connection:
         """Returns a connection that is secured. Raises ConnectFailed, saying what to do next.
 
         `early` holds replay-safe bytes for the first stream, sent in 0-RTT where possible.
@@ -255,9 +253,7 @@ class Listener(Protocol):
 class Dialer(Protocol):
     """How a client gets connections: the transport is chosen behind this seam."""
 
-    async def connect(
-        self, *, identity: ClientCertificate | None = None, early: bytes = b""
-    ) -> Connection:
+    async def connect(self, *, identity: ClientCertificate | None = None, early: bytes = b"") -> Connection:
         """Raises ConnectFailed with the reason of every endpoint tried."""
         ...
 
@@ -396,36 +392,3 @@ class Sink(Protocol):
 Process = Callable[[list[Record]], Any]
 """A process step: takes a batch of records and returns the records to go on with (an iterable,
 or an awaitable of one; None is "none"). It may drop, change and multiply."""
-
-__all__ = [
-    "Auth",
-    "Authenticator",
-    "Batch",
-    "ByteStream",
-    "Challenge",
-    "ClientCertificate",
-    "CloseReason",
-    "Connection",
-    "ConnectionStatus",
-    "Credentials",
-    "Dialer",
-    "Duration",
-    "Handler",
-    "Listener",
-    "Login",
-    "Pausable",
-    "Peer",
-    "Principal",
-    "Process",
-    "RawSerializer",
-    "Reader",
-    "Secret",
-    "Serializer",
-    "Sink",
-    "Size",
-    "Source",
-    "State",
-    "Transport",
-    "Url",
-    "Writer",
-]

@@ -102,12 +102,17 @@ async def until_stored(database: Path, published: int) -> None:
 
 
 async def drain(pipeline: asyncio.subprocess.Process) -> int:
-    """The first signal makes `run` write and acknowledge what it has read, then end."""
-    if pipeline.returncode is None:
-        if sys.platform == "win32":
-            pipeline.terminate()
-        else:
-            pipeline.send_signal(signal.SIGINT)
+    """The first signal makes `run` write and acknowledge what it has read, then end.
+
+    Windows cannot send one process a signal: there it ends at once, after all is stored.
+    """
+    if pipeline.returncode is not None:
+        return pipeline.returncode
+    if sys.platform == "win32":
+        pipeline.terminate()
+        await pipeline.wait()
+        return 0
+    pipeline.send_signal(signal.SIGINT)
     return await pipeline.wait()
 
 

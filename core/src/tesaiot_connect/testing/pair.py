@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import attrs
 
+from ..accept import Start, serving
 from ..errors import ConnectFailed, ConnectorError, Disconnected, Unsupported
 from ..protocols import (
     ClientCertificate,
@@ -24,7 +25,6 @@ from ..protocols import (
     State,
     Url,
 )
-from ..streams import Start, serving
 
 BUFFER = 64 * 1024
 
