@@ -11,6 +11,8 @@ import pytest
 
 from tesaiot_connect import hookspecs, plugins
 from tesaiot_connect.cli import execute
+from tesaiot_connect.config import load
+from tesaiot_connect.negotiation import InOrder
 from tesaiot_connect.protocols import Connection, Duration, Secret, Url
 from tesaiot_connect.tls import TlsOptions
 
@@ -506,3 +508,17 @@ def test_wrong_server_files(serve: Serve, text: str, expected: str) -> None:
     code, lines = serve(text)
     assert code == 78
     assert any(expected in line for line in lines), lines
+
+
+def test_an_endpoint_without_its_plugin_is_left_out_where_another_remains(tmp_path: Path) -> None:
+    file = tmp_path / "pipeline.toml"
+    file.write_text(
+        change("mqtts://broker.example:8883", 'quic://broker.example", "mqtts://broker.example:8883')
+    )
+    config = load(file)
+    [connection] = config.connections.values()
+    assert isinstance(connection.dialer, InOrder)
+    assert [str(one.url) for one in connection.dialer.endpoints] == ["mqtts://broker.example:8883"]  # type: ignore[attr-defined]
+    [left_out] = [one for one in config.warnings if "left out" in one.message]
+    assert "pip install tesaiot-connect-quic-aioquic" in left_out.fix
+    assert left_out.key.endswith("endpoints[0]")

@@ -19,7 +19,7 @@ from ..client import ClientOptions, MqttConnection
 from ..errors import PluginError, Problem
 from ..negotiation import InOrder
 from ..pipeline import OnError, PipelineSpec, SinkSpec, SourceSpec, TopicFields
-from ..plugins import Catalog, Kind, load as load_catalog
+from ..plugins import PACKAGES, Catalog, Kind, load as load_catalog
 from ..protocols import Auth, Process, Serializer, Transport, Url
 from . import checks
 from .document import Document, Text, nearest, read_env_file, show
@@ -77,6 +77,8 @@ class Composer:
         """None stands for one that has problems of its own; so below."""
         self.sources: dict[str, SourceSpec | None] = {}
         self.sinks: dict[str, SinkSpec | None] = {}
+        self.warnings: list[Problem] = []
+        """What is not wrong, but should be known."""
         self._converter = converter({MqttConnection: self._find_connection})
 
     def structure(self, path: Path, value: Any, kind: type[Any], **how: Any) -> Any:
@@ -138,8 +140,13 @@ class Composer:
         endpoints = table.get("endpoints")
         transports: list[Transport | None] = []
         if isinstance(endpoints, list) and endpoints:
+            absent = [self._absent(endpoint) for endpoint in endpoints]
             for index, endpoint in enumerate(endpoints):
-                transports.append(self._endpoint((*path, "endpoints", index), endpoint, table.get("tls")))
+                place = (*path, "endpoints", index)
+                if (missing := absent[index]) is not None and not all(absent):
+                    self.warnings.append(self.doc.note(place, f"left out: {missing.what}", missing.fix))
+                else:
+                    transports.append(self._endpoint(place, endpoint, table.get("tls")))
         else:
             what = "the key `endpoints` is missing" if endpoints is None else "expected an array of URLs"
             where = path if endpoints is None else (*path, "endpoints")
@@ -152,6 +159,19 @@ class Composer:
             return None
         dialer = InOrder(dialed, timeout=options.connect_timeout)
         return MqttConnection(name, dialer, options, auth)
+
+    def _absent(self, endpoint: Any) -> PluginError | None:
+        """Why no installed plugin serves an endpoint whose scheme is one we know of."""
+        url = endpoint.get("url") if isinstance(endpoint, dict) else endpoint
+        scheme = url.partition("://")[0].lower() if isinstance(url, str) else ""
+        scheme = ALIASES.get(scheme, scheme)
+        if ("transport", scheme) not in PACKAGES:
+            return None
+        try:
+            self.catalog.transports(scheme)
+        except PluginError as error:
+            return error
+        return None
 
     def _endpoint(self, path: Path, value: Any, tls: Any) -> Transport | None:
         if isinstance(value, str):
@@ -345,7 +365,7 @@ def load(
         file=doc.file,
         connections=connections,
         pipelines=tuple(made),
-        warnings=tuple(checks.find_warnings(doc, made)),
+        warnings=(*composer.warnings, *checks.find_warnings(doc, made)),
     )
 
 
