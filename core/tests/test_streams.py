@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import socket
 import struct
@@ -223,6 +224,27 @@ def test_send_after_send_eof_is_a_mistake(run: Run) -> None:
             await stream.send(b"x")
 
     run(with_stream(body))
+
+
+@pytest.mark.parametrize("how", ["aclose", "send_eof"])
+def test_a_reset_that_was_not_noticed_yet(run: Run, how: str) -> None:
+    """The peer died a moment ago and the event loop has not looked at the socket since."""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            client = socket.create_connection(server.getsockname())
+            theirs, _ = server.accept()
+            loop = asyncio.get_running_loop()
+            _, stream = await loop.create_connection(AsyncioStream, sock=client)
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            theirs.close()
+            if how == "send_eof":
+                with contextlib.suppress(Disconnected):
+                    await stream.send_eof()
+            await stream.aclose()
+            await stream.wait_gone()
+
+    run(main())
 
 
 def test_aclose_delivers_although_unread_bytes_wait(run: Run) -> None:

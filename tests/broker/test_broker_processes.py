@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Self
 
@@ -127,14 +129,26 @@ async def subscribe(served: Served, session: Session) -> None:
     await peer.disconnect()
 
 
-def restarts(served: Served, how: int, acknowledged: list[int], marks: list[int]) -> None:
-    """Ends and starts the broker each time so many messages are acknowledged."""
-    for mark in marks:
-        while len(acknowledged) < mark:
-            threading.Event().wait(0.001)
-        code = served.end(how)
-        assert code == (0 if how == signal.SIGTERM else -how)
-        served.start()
+@contextlib.asynccontextmanager
+async def restarting(served: Served, how: int, acknowledged: list[int]) -> AsyncIterator[None]:
+    """Meanwhile ends and starts the broker each time a few hundred more are acknowledged."""
+    given_up = threading.Event()
+
+    def restart() -> None:
+        for mark in (500, 1400, 2500):
+            while len(acknowledged) < mark:
+                if given_up.wait(0.001):
+                    return
+            code = served.end(how)
+            assert code == (0 if how == signal.SIGTERM else -how)
+            served.start()
+
+    thread = asyncio.create_task(asyncio.to_thread(restart))
+    try:
+        yield
+    finally:
+        given_up.set()
+        await thread
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
@@ -145,8 +159,8 @@ def test_nothing_acknowledged_is_lost_by_a_kill(tmp_path: Path, synchronous: str
     async def main(served: Served) -> list[int]:
         async with asyncio.timeout(120):
             await subscribe(served, session)
-            killing = asyncio.to_thread(restarts, served, signal.SIGKILL, acknowledged, [500, 1400, 2500])
-            await asyncio.gather(publish_all(served, count, 1, acknowledged), killing)
+            async with restarting(served, signal.SIGKILL, acknowledged):
+                await publish_all(served, count, 1, acknowledged)
             return await collect(served, session, count, clean=False)
 
     settings = (f"broker.state_file={tmp_path / 'state.db'}", f"broker.synchronous={synchronous}")
@@ -162,12 +176,11 @@ def test_qos_2_is_exactly_once_while_the_broker_restarts(tmp_path: Path) -> None
     async def main(served: Served) -> list[int]:
         async with asyncio.timeout(120):
             await subscribe(served, session)
-            stopping = asyncio.to_thread(restarts, served, signal.SIGTERM, acknowledged, [500, 1400, 2500])
-            got, _, _ = await asyncio.gather(
-                collect(served, session, count, clean=False),
-                publish_all(served, count, 2, acknowledged),
-                stopping,
-            )
+            async with restarting(served, signal.SIGTERM, acknowledged):
+                got, _ = await asyncio.gather(
+                    collect(served, session, count, clean=False),
+                    publish_all(served, count, 2, acknowledged),
+                )
             return got
 
     with Served(tmp_path, f"broker.state_file={tmp_path / 'state.db'}") as served:

@@ -213,7 +213,10 @@ class AsyncioStream(asyncio.Protocol):
         if self._eof_sent:
             return
         self._eof_sent = True
-        self._live.write_eof()
+        try:
+            self._live.write_eof()
+        except OSError as error:
+            raise self._explain(error) from error
 
     async def aclose(self) -> None:
         """Flush, end both directions, release. Idempotent, never raises Disconnected.
@@ -309,7 +312,10 @@ class AsyncioStream(asyncio.Protocol):
     async def _linger(self, transport: asyncio.Transport) -> None:
         if not self._eof_sent:
             self._eof_sent = True
-            transport.write_eof()
+            try:
+                transport.write_eof()
+            except OSError:  # the peer is gone already
+                return
         transport.set_write_buffer_limits(high=0)
         while not self._writing and not self._lost:
             room = self._loop.create_future()
