@@ -7,6 +7,7 @@ import contextlib
 import errno
 import io
 import os
+import subprocess
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
@@ -22,9 +23,12 @@ from tesaiot_connect.builtin import (
     NullSink,
     StdoutSink,
     jsonl_sink as sink_module,
+    jsonl_source,
 )
+from tesaiot_connect.builtin.jsonl_sink import Lines
 from tesaiot_connect.errors import ConnectorError, EndOfInput, EndOfOutput, PartialDelivery, PayloadError
 from tesaiot_connect.message import Batch, Message, Record, Route
+from tesaiot_connect.pipeline import Routes
 from tesaiot_connect.protocols import Duration, Sink, Size, Source
 
 TOPIC = "device/d1/telemetry/t"
@@ -306,7 +310,10 @@ def test_what_the_sink_wrote_is_read_again(tmp_path: Path) -> None:
     assert messages[0].qos == 1
 
 
-def test_lines_of_other_makers(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_of_other_makers(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jsonl_source, "LOG_INTERVAL", 0.0)
     path = tmp_path / "x.jsonl"
     path.write_bytes(
         b'{"topic":"a","payload":"text"}\n\n'
@@ -330,11 +337,39 @@ def test_any_lines_with_a_topic(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_line_that_never_ends_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("length", [2_000, 70_000, 131_072, 300_000])
+@pytest.mark.parametrize("end", [b"\n", b'\n{"topic":"t","value":3}\n', b""])
+def test_a_line_that_is_too_long_is_passed_over_and_no_other(
+    tmp_path: Path, length: int, end: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
     path = tmp_path / "x.jsonl"
-    path.write_bytes(b"x" * 300_000)
-    with pytest.raises(ConnectorError, match=r"x\.jsonl:1: longer"):
-        read(JsonlSource(path=path, max_line=Size(100_000)))
+    good = b'{"topic":"t","value":1}\n{"topic":"t","value":2}\n'
+    path.write_bytes(good + b"x" * length + end)
+    messages = read(JsonlSource(path=path, max_line=Size(1000)))
+    assert [message.payload for message in messages] == [b"1", b"2", b"3"][: 3 if len(end) > 1 else 2]
+    assert "x.jsonl:3 is passed over" in caplog.text
+
+
+def test_a_flood_of_bad_lines_is_not_a_flood_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"rubbish\n" * 20_000)
+    assert read(JsonlSource(path=path)) == []
+    assert len(caplog.records) < 20  # one a second
+
+
+def test_topics_of_hostile_length_are_not_remembered(tmp_path: Path) -> None:
+    lines, routes = Lines(), Routes("a/{rest...}")
+    for start in range(0, 200, 20):
+        messages = [Message(f"a/{n}/" + "x" * 60_000, b"1") for n in range(start, start + 20)]
+        messages.append(Message("a/short", b"1"))
+        records = routes.records(messages, 1.0, [1] * 21)
+        assert records[20].route.fields == {"rest": "short"}
+        data, failures = lines.encode(records)
+        assert data.count(b"\n") == 21
+        assert not failures
+    assert sum(map(len, lines._prefixes)) + sum(map(len, routes._known)) < 1000
 
 
 def test_a_missing_file_is_explained(tmp_path: Path) -> None:
@@ -439,6 +474,26 @@ def test_a_closed_stdout_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(EndOfOutput):
         write(StdoutSink(), [record(1)])
     stream.close()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM ends a program there")
+def test_a_stalled_reader_of_stdout_does_not_keep_the_program_from_ending() -> None:
+    program = (
+        "from tesaiot_connect.builtin import *; from tesaiot_connect.pipeline import *;"
+        "from tesaiot_connect.runner import run_blocking;"
+        "source = SourceSpec(name='s', recipe=GeneratorSource(rate=0), serializer=JsonSerializer());"
+        "sink = SinkSpec(name='o', recipe=StdoutSink());"
+        "found = run_blocking([PipelineSpec(name='p', source=source, sinks=(sink,))], drain_timeout=0.1);"
+        "raise SystemExit(7 if not found.drained else 8)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.read(1)  # it runs; nobody reads the rest
+        child.terminate()
+        try:
+            assert child.wait(30) == 7
+        finally:
+            child.kill()
 
 
 def test_null_takes_everything() -> None:

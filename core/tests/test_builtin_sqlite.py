@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import closing
@@ -130,6 +131,73 @@ def test_names_are_quoted(tmp_path: Path) -> None:
             SqliteSink(path=path, table=name)
 
 
+@pytest.mark.parametrize(
+    "key",
+    ['x"); DROP TABLE telemetry; --', "a'b", "`q`", "[z]", "select", "rowid", "?", ":n", "%s", "\u200b", " "],
+)
+def test_no_key_reaches_into_the_statement(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "x.db"
+    write(SqliteSink(path=path), [record({"a": 1}), record({key: "v", key + '"': 2}, {key[::-1] + "f": "w"})])
+    assert rows(path)[1][key] == "v"
+    assert rows(path)[1][key + '"'] == 2
+    assert rows(path)[1][key[::-1] + "f"] == "w"
+
+
+@pytest.mark.parametrize("key", ["k" * 201, "k" * 2_000_000, "nul\0", ""])
+def test_keys_that_cannot_name_a_column_go_to_extra(tmp_path: Path, key: str) -> None:
+    path = tmp_path / "x.db"
+    write(SqliteSink(path=path), [record({key: 1, "a": 2})])
+    assert columns(path) == ["time", "topic", "a", "extra"]
+    assert json.loads(rows(path)[0]["extra"]) == {key: 1}
+
+
+def test_a_key_that_is_no_text_fails_alone(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    with pytest.raises(PartialDelivery) as caught:
+        write(SqliteSink(path=path), [record({"a": 1}), record({"\ud800": 1}), record({"a": 3})])
+    assert list(caught.value.failures) == [1]
+    assert isinstance(caught.value.failures[1], PayloadError)
+    assert [row["a"] for row in rows(path)] == [1, 3]
+
+
+def test_shapes_that_never_repeat_cannot_fill_the_memory(tmp_path: Path) -> None:
+    async def main() -> int:
+        most = 0
+        async with SqliteSink(path=tmp_path / "x.db").open() as writer:
+            for start in range(30):
+                await writer.write([record({f"{start}k{n}": 1 for n in range(20_000)})])
+                plans = writer._table._plans  # type: ignore[attr-defined]
+                most = max(most, sum(len(names or ()) for names, _ in plans))
+        return most
+
+    assert within_30_s(main) <= 140_000
+
+
+def test_indexes_are_made_although_the_first_batch_had_to_be_tried_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.db"
+    write(SqliteSink(path=path, indexes=("time",)), [record({"a": 2**70})], [record({"a": 1})])
+    assert len(query(path, "SELECT * FROM sqlite_schema WHERE type = 'index'")) == 1
+
+
+@pytest.mark.parametrize("how", ["deleted", "replaced"])
+def test_a_file_that_goes_away_is_not_written_on(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "x.db"
+
+    async def main() -> None:
+        async with SqliteSink(path=path).open() as writer:
+            await writer.write([record({"a": 1})])
+            path.rename(tmp_path / "moved.db")
+            if how == "replaced":
+                sqlite3.connect(path).close()
+                path.touch()
+            with pytest.raises(ConnectorError, match="deleted or replaced"):
+                await writer.write([record({"a": 2})])
+
+    within_30_s(main)
+    write(SqliteSink(path=path), [record({"a": 2})])  # what the pipeline does then
+    assert [row["a"] for row in rows(path)] == [2]
+
+
 def test_large_whole_numbers_keep_their_digits(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
     big = 12345678901234567890123
@@ -219,7 +287,7 @@ def test_two_sinks_widen_one_table_together(tmp_path: Path) -> None:
     ("make", "words"),
     [
         (lambda path: path.write_bytes(b"this is no database at all" * 100), "another kind of file"),
-        (lambda path: path.mkdir(), "see that"),
+        (lambda path: path.mkdir(), "not a folder"),
     ],
 )
 def test_what_is_no_database_is_explained(tmp_path: Path, make: Callable[[Path], Any], words: str) -> None:

@@ -115,7 +115,7 @@ def test_resubscribes_only_when_the_session_was_not_kept(caplog: pytest.LogCaptu
         async with client(network, "kept", faults=faults) as subscriber:
             async with subscriber.subscribe(["t"]) as reader:
                 async with broker(network):
-                    await subscriber.connected()
+                    await subscriber.publish([Message("x", b"", 1)])  # its PUBACK is behind the SUBACK
                     await cut_off(subscriber)
                     await connects(subscriber, 2)
                     assert "session kept, not subscribing again" in caplog.text

@@ -447,7 +447,7 @@ MALFORMED = [
     ("DISCONNECT with an undefined reason", CLIENT, 5, "e0 01 05", 0x81),
     ("DISCONNECT 3.1.1 with a body", CLIENT, 4, "e0 01 00", 0x81),
     ("DISCONNECT with bytes behind", CLIENT, 5, "e0 03 00 00 00", 0x81),
-    ("AUTH without a method", CLIENT, 5, "f0 00", 0x82),
+    ("AUTH without a method", CLIENT, 5, "f0 02 18 00", 0x82),
     ("AUTH with an undefined reason", CLIENT, 5, "f0 06 87 04 15 0001 61", 0x81),
 ]
 

@@ -546,6 +546,57 @@ def test_a_process_that_cancels_itself_loses_no_acknowledgement() -> None:
     assert source.settled == [0]
 
 
+def test_a_process_that_makes_records_of_strange_parts_is_told() -> None:
+    def no_message(records: list[Record]) -> list[Record]:
+        return [Record(one.route, one.time, one.value, None) for one in records]  # type: ignore[arg-type]
+
+    def no_route(records: list[Record]) -> list[Record]:
+        return [Record("a/b", one.time, one.value, one.message) for one in records]  # type: ignore[arg-type]
+
+    for process, words in ((no_message, "message is a Message"), (no_route, "route is a Route")):
+        sink = Faulty(fine, reads="messages")
+        summary = go(pipeline(Tracked(batches(5)), sink, process=process, on_error="drop", max_attempts=1))
+        assert summary.lost == 5
+        assert words in summary.pipelines[0].last_error
+        assert sink.into == []
+
+
+class Clumsy(JsonSerializer):
+    """A serializer that breaks its contract on some payloads."""
+
+    def decode(self, payloads: Sequence[bytes], /) -> list[Any]:
+        if b'{"n":2}' in payloads:
+            raise RuntimeError("two!")
+        values = super().decode(payloads)
+        return values + values if b'{"n":3}' in payloads else values
+
+    decode_raw = decode
+
+    def encode(self, values: Sequence[Any], /) -> list[bytes]:
+        if {"n": 5} in values:
+            raise RuntimeError("five!")
+        return super().encode(values)[: len([value for value in values if value != {"n": 6}])]
+
+
+def test_a_serializer_that_breaks_its_contract_loses_only_what_it_breaks_on() -> None:
+    source, sink = Tracked(batches(10, 10)), Faulty(fine, reads="messages")
+    summary = go(
+        pipeline(source, sink, serializer=Clumsy(), process=lambda records: records, on_error="drop")
+    )
+    assert source.settled == [0]
+    assert [msgspec.json.decode(one.payload)["n"] for one in sink.into] == [0, 1, 4, 7, 8, 9]
+    assert (summary.pipelines[0].undecodable, summary.lost) == (2, 4)
+
+
+def test_a_partial_delivery_of_what_was_not_given_is_a_failed_write() -> None:
+    source = Tracked(batches(10))
+    sink = Faulty(raising({0: PartialDelivery({99: Disconnected("far off")})}))
+    summary = go(pipeline(source, sink))
+    assert source.settled == [0, 1]
+    assert numbers(sink.into) == list(range(10))
+    assert summary.pipelines[0].sinks[0].retries == 1
+
+
 def test_values_without_a_form_are_given_up_alone() -> None:
     def process(records: list[Record]) -> list[Record]:
         records[1].value = object()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import sqlite3
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,7 +21,14 @@ from tesaiot_connect.mqtt.properties import P
 from tesaiot_connect.mqtt.reasons import R
 from tesaiot_connect.mqtt.session import Session
 from tesaiot_connect.protocols import Challenge, Credentials, Duration, Peer, Principal, Size
-from tesaiot_connect.server import Anonymous, Anybody, Broker, BrokerOptions, ListenerSpec
+from tesaiot_connect.server import (
+    Anonymous,
+    Anybody,
+    Broker,
+    BrokerOptions,
+    ListenerSpec,
+    store as store_module,
+)
 from tesaiot_connect.testing import Network, PairTransport
 
 
@@ -733,3 +742,83 @@ def test_a_session_that_ends_leaves_nothing_behind(tmp_path: Path) -> None:
 
     run(before, **durable(tmp_path))
     run(after, **durable(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE queue SET message = x'c1'",
+        "UPDATE queue SET message = x'01'",
+        "UPDATE retained SET message = substr(message, 1, 3)",
+        "UPDATE subscription SET options = x''",
+        "UPDATE session SET expiry = 'long'",
+    ],
+)
+def test_a_damaged_state_file_is_named(tmp_path: Path, damage: str) -> None:
+    async def before(live: Broker, transport: PairTransport) -> None:
+        peer = await EnginePeer.open(transport, "c", expiry=100)
+        await peer.connack()
+        await peer.subscribe("t")
+        await peer.disconnect()
+        await live.publish([Message("t", b"1", 1, True)])
+
+    async def after(live: Broker, transport: PairTransport) -> None:
+        raise AssertionError("it started")
+
+    run(before, **durable(tmp_path))
+    options = durable(tmp_path)
+    with contextlib.closing(sqlite3.connect(options["state_file"])) as database, database:
+        assert database.execute(damage).rowcount == 1
+    with pytest.raises(ConnectorError, match="state file"):
+        run(after, **options)
+
+
+def test_while_the_disk_refuses_retained_messages_do_not_fill_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = True
+    write = store_module._Batch.run
+
+    def refusing(batch: store_module._Batch, database: sqlite3.Connection) -> None:
+        if full:
+            raise sqlite3.OperationalError("database or disk is full")
+        write(batch, database)
+
+    monkeypatch.setattr(store_module, "_BEHIND", 200)
+    monkeypatch.setattr(store_module, "_RETRY", 0.01)
+    monkeypatch.setattr(store_module._Batch, "run", refusing)
+
+    async def test(live: Broker, transport: PairTransport) -> None:
+        nonlocal full
+        hub = live._hub
+        assert hub is not None and hub.store is not None
+        writer = await EnginePeer.open(transport, "w")
+        await writer.connack()
+        (client,) = live._connections
+        sent = 0
+        while not client._paused:
+            for payload in (b"x", b""):  # one comes and goes: nothing stays but the work for the disk
+                await writer.send(*(Message(f"t/{n}", payload, 0, True) for n in range(sent, sent + 50)))
+            sent += 50
+            await asyncio.sleep(0.001)
+            assert sent < 100_000
+        await until(lambda: live.stats.state_file_error)
+        full = False
+        await writer.publish(Message("t/0", b"kept", 1, True))
+        assert live.stats.state_file_error is None
+        assert live.stats.retained == 1
+
+    run(test, **durable(tmp_path))
+
+
+def test_a_client_identifier_cannot_forge_a_line_of_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    async def test(live: Broker, transport: PairTransport) -> None:
+        for _ in range(2):
+            peer = await EnginePeer.open(transport, "x\nERROR forged", expiry=1)
+            await peer.connack()
+        await peer.disconnect()
+
+    with caplog.at_level("DEBUG"):
+        run(test)
+    assert "forged" in caplog.text
+    assert not any("\n" in record.getMessage() for record in caplog.records)

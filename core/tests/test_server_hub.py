@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from tesaiot_connect.message import Message, Properties
-from tesaiot_connect.mqtt.packets import Connect, Subscribe, Subscription, Will
+from tesaiot_connect.mqtt.packets import Connect, Subscribe, Subscription, Unsubscribe, Will
 from tesaiot_connect.mqtt.properties import P
+from tesaiot_connect.mqtt.reasons import R
+from tesaiot_connect.protocols import Size
 from tesaiot_connect.server import Anybody, BrokerOptions
 from tesaiot_connect.server.hub import Hub
 from tesaiot_connect.server.sessions import ClientSession
@@ -188,3 +190,73 @@ def test_bytes_and_counts_balance_whatever_happens() -> None:
         for session in house.hub.sessions:
             house.hub.end(session)
         assert (house.hub.usage.bytes, house.hub.usage.queued, len(house.hub.router)) == (0, 0, 0)
+
+
+def test_more_at_once_than_the_queue_takes_does_not_stall_a_client_that_is_there() -> None:
+    house, wire = House(max_queue_bytes=Size(3000)), Wire()
+    session, _ = house.connect("c", wire)
+    house.subscribe(session, "t")
+    house.hub.route([Message("t", bytes(5000), 1), *(Message("t", b"%d" % n, 1) for n in range(50))])
+    assert [message.payload for message in wire.got] == [b"%d" % n for n in range(50)][-len(wire.got) :]
+    assert len(wire.got) >= 10
+    assert not session.outbox.queue
+    assert house.hub.usage.dropped["queue_full"] == 51 - len(wire.got)
+    session.outbox.acknowledged(list(session.outbox.inflight), ())
+    house.hub.route([Message("t", b"more", 1)])
+    assert wire.got[-1].payload == b"more"
+    assert house.hub.usage.bytes == session.outbox.bytes > 0
+
+
+def test_the_levels_of_filters_are_bounded_for_a_client_and_for_all() -> None:
+    house = House(max_subscriptions=20, max_total_subscriptions=30)
+    hub = house.hub
+
+    def ask(session: ClientSession, *filters: str) -> list[int]:
+        packet = Subscribe(packet_id=1, subscriptions=tuple(Subscription(one, 1) for one in filters))
+        return hub.subscribe(session.outbox, Anybody(), packet)[0]
+
+    wires = Wire(), Wire()
+    one, two = house.connect("one", wires[0])[0], house.connect("two", wires[1])[0]
+    deep = [f"{number}" + "/+" * 99 for number in range(10)]
+    assert ask(one, *deep) == [1, 1, 1, 1, R.QUOTA_EXCEEDED, *[R.QUOTA_EXCEEDED] * 5]
+    assert ask(one, deep[0], "short") == [1, 0x97]  # it has the first already
+    assert ask(two, *deep) == [1, *[0x97] * 9]
+    hub.unsubscribe(one.outbox, Unsubscribe(packet_id=1, filters=(deep[0],)))
+    assert ask(one, *(str(number) for number in range(20))) == [1] * 17 + [0x97] * 3
+    assert ask(two, *(str(number) for number in range(20))) == [1] * 9 + [0x97] * 11
+    hub.disconnected(one, wires[0])
+    hub.disconnected(two, wires[1])
+    assert (hub.usage.levels, len(hub.router)) == (0, 0)
+
+
+def test_what_waits_by_many_shared_subscriptions_moves_in_order() -> None:
+    house, away, there = House(), Wire(0), Wire()
+    leaver, _ = house.connect("leaver", away, expiry=60)
+    house.subscribe(leaver, "$share/a/t/+", "$share/b/u", "$share/alone/v", "own")
+    for number in range(30):
+        house.hub.route([Message(("t/1", "u", "v", "own")[number % 4], b"%d" % number, 1)])
+    stayer, _ = house.connect("stayer", there, expiry=60)
+    house.subscribe(stayer, "$share/a/t/+", "$share/b/u")
+    house.hub.disconnected(leaver, away)
+    moved = [int(message.payload) for message in there.got]
+    assert moved == [number for number in range(30) if number % 4 < 2]
+    kept = [int(entry.message.payload) for entry in leaver.outbox.queue]
+    assert kept == [number for number in range(30) if number % 4 >= 2]
+    assert house.hub.usage.bytes == leaver.outbox.bytes + stayer.outbox.bytes
+
+
+def test_a_retained_message_that_changes_on_the_way_is_not_sent_after_the_newer_one() -> None:
+    house, wire = House(), Wire()
+    house.hub.route([Message(f"r/{number}", b"old", 1, True) for number in range(1200)])
+    session, _ = house.connect("c", wire)
+    packet = Subscribe(packet_id=1, subscriptions=(Subscription("r/#", 1),))
+    _, wanting = house.hub.subscribe(session.outbox, Anybody(), packet)
+    steps = house.hub.send_retained(session.outbox, wanting)
+    next(steps)
+    late = {f"r/{number}" for number in range(1200)} - {message.topic for message in wire.got}
+    one, other = sorted(late)[:2]
+    house.hub.route([Message(one, b"new", 1, True), Message(other, b"", 1, True)])
+    assert len(list(steps)) == 2
+    assert [message.payload for message in wire.got if message.topic == one] == [b"new"]
+    assert [message.payload for message in wire.got if message.topic == other] == [b""]
+    assert len(wire.got) == 1200

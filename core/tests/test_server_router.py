@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings, strategies as st
 
 from tesaiot_connect.message import Message, Properties
 from tesaiot_connect.mqtt.packets import Subscription
 from tesaiot_connect.mqtt.topics import matches
+from tesaiot_connect.server import router as router_module
 from tesaiot_connect.server.options import covers
 from tesaiot_connect.server.retained import Retained
 from tesaiot_connect.server.router import Filter, Router
@@ -167,10 +169,42 @@ def test_retained_messages_expire() -> None:
     retained.put(Message("b", b"2"), None)
     assert len(retained.matching("#", 104.9)) == 2
     assert [message.topic for message, _ in retained.matching("#", 105.0)] == ["b"]
-    assert len(retained) == 1
     retained.put(Message("c", b"3"), 110.0)
+    assert retained.expire(109.0) == ["a"]
     assert retained.expire(109.0) == []
     assert retained.expire(110.0) == ["c"]
+    assert len(retained) == 1
+
+
+def test_deep_topics_count_with_the_memory_of_their_levels() -> None:
+    retained = Retained(100_000, 1_000_000)
+    topics = [f"{number}" + "/a" * 199 for number in range(1000)]
+    kept = [topic for topic in topics if retained.put(Message(topic, b"x"), None)]
+    nodes = sum(1 for _ in retained._root.all_below(with_dollar=True))
+    assert len(kept) * 200 < nodes < 1_000_000 / 200
+    for topic in kept:
+        assert retained.remove(topic)
+    assert retained.bytes == 0
+    assert retained.put(Message(topics[-1], b"x"), None)
+
+
+def test_the_cache_is_bounded_in_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(router_module, "_CACHE_TARGETS", 10_000)
+    router: Router[Client] = Router()
+    everybody = [Client(str(number)) for number in range(100)]
+    for someone in everybody:
+        router.add(someone, Filter(Subscription("#", 0)))
+        router.add(someone, Filter(Subscription(f"t/{someone.name}", 1)))
+    for number in range(1000):
+        assert len(router.match(f"t/{number}").targets) == 100
+        held = sum(len(match.targets) for match in router._cache.values())
+        assert held == router._cached_targets <= 10_000
+    assert {target.qos for target in router.match("t/5").targets} == {0, 1}
+    router.remove(everybody[0], "t/0")
+    router.match("t/1")
+    for someone in everybody:
+        router.remove(someone, f"t/{someone.name}")
+    assert router._cached_targets == sum(len(match.targets) for match in router._cache.values())
 
 
 @settings(max_examples=300, deadline=None)

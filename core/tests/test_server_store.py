@@ -10,6 +10,7 @@ import pytest
 
 from tesaiot_connect.errors import ConnectorError
 from tesaiot_connect.message import Message, Properties
+from tesaiot_connect.server import store as store_module
 from tesaiot_connect.server.store import Rows, Store, pack, unpack
 
 MESSAGE = Message("a/b", b"\x00\xff", 1, True, Properties(user=(("a", "1"), ("a", "2")), message_expiry=9))
@@ -171,3 +172,73 @@ def test_only_the_last_retained_message_of_a_topic_is_written(tmp_path: Path) ->
     asyncio.run(main())
     rows = {topic: (expires_at, unpack(packed)) for topic, expires_at, packed in reopened(path).retained}
     assert rows == {"a": (None, Message("a", b"999", retain=True)), "c": (5.0, MESSAGE)}
+
+
+def test_what_one_turn_writes_is_in_one_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A message that moves from one queue to another is deleted and put: never only one of them."""
+    moves: list[tuple[set[int], set[int]]] = []
+    run = store_module._Batch.run
+
+    def watched(batch: store_module._Batch, database: sqlite3.Connection) -> None:
+        moves.append(({key + 3000 for (key,) in batch.deletes}, set(batch.puts)))
+        run(batch, database)
+
+    async def main() -> None:
+        store, _ = await opened(tmp_path / "state.db")
+        for key in range(3000):
+            store.put(key, "c", None, None, MESSAGE)
+        await store.commit()
+        moves.clear()
+        for turn in range(20):
+            store.when_committed(lambda: None)
+            for key in range(turn * 3000, (turn + 1) * 3000):
+                store.delete(key)
+            for key in range(turn * 3000, (turn + 1) * 3000):
+                store.put(key + 3000, "c", None, None, MESSAGE)
+            await store.commit()
+        await store.aclose()
+
+    monkeypatch.setattr(store_module._Batch, "run", watched)
+    asyncio.run(main())
+    assert len(moves) >= 20
+    for deleted, put in moves:
+        assert deleted == put
+
+
+def test_what_cannot_be_written_at_all_is_told_and_ends_nothing(tmp_path: Path) -> None:
+    async def main() -> None:
+        store, _ = await opened(tmp_path / "state.db")
+        store.execute("REPLACE INTO session VALUES (?, ?, ?, ?)", "\ud800", "me", 60, None)
+        waiting = asyncio.create_task(store.commit())
+        async with asyncio.timeout(20):
+            while store.error is None:
+                await asyncio.sleep(0.001)
+        assert not waiting.done()
+        with pytest.raises(ConnectorError, match="could not be written"):
+            await store.aclose()
+        waiting.cancel()
+
+    asyncio.run(main())
+
+
+def test_a_callback_that_fails_takes_no_other_along(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        store, _ = await opened(tmp_path / "state.db")
+        store.when_committed(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+        async with asyncio.timeout(20):
+            await store.commit()
+        await store.aclose()
+
+    asyncio.run(main())
+    assert "ZeroDivisionError" in caplog.text
+
+
+def test_a_file_of_a_newer_release_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    reopened(path)
+    with sqlite3.connect(path) as database:
+        database.execute("PRAGMA user_version = 99")
+    database.close()
+    with pytest.raises(ConnectorError, match="format 99") as caught:
+        reopened(path)
+    assert "release" in (caught.value.fix or "")

@@ -1,7 +1,7 @@
 """The data that flows: messages, batches, records, and who waits to hear about them.
 
 Owns: the shapes every room and plugin shares. Rule: the unit is the batch; nothing here is
-called once per message. Hot types are msgspec structs (measured, DESIGN section 4).
+called once per message. Hot types are msgspec structs: measured, half the cost of slots classes.
 """
 
 from __future__ import annotations

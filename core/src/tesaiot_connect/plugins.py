@@ -9,6 +9,7 @@ only to a configuration that asks for it.
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
@@ -235,6 +236,14 @@ def _wrong(kind: Kind, name: Any, recipe: Any) -> str:
     missing = [member for member in _MEMBERS[kind] if not hasattr(recipe, member)]
     if missing:
         return f"does not keep its contract: {recipe.__name__} lacks {', '.join(missing)}"
+    opening = getattr(recipe, "open", None)
+    if kind in ("source", "sink") and (
+        inspect.iscoroutinefunction(opening) or inspect.isasyncgenfunction(opening)
+    ):
+        return (
+            f"does not keep its contract: {recipe.__name__}.open must return an async context manager: "
+            "write @asynccontextmanager above it, and yield in it"
+        )
     try:
         attrs.resolve_types(recipe)
     except Exception as error:  # noqa: BLE001 - kept as the plugin's failure

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -105,11 +106,11 @@ async def run(
     try:
         await _watch((flowing, asked), stats, on_stats, stats_interval)
         if not flowing.done():
-            log.info("stopping: what was read is being settled")
+            log.info("stopping: what was read is being settled, for at most %.0f s", drain_timeout)
             hurry.set()
             for feed in feeds:
                 feed.stop()
-            await asyncio.wait((flowing,), timeout=drain_timeout)
+            await _watch((flowing,), stats, on_stats, stats_interval, drain_timeout)
         drained = flowing.done()
     finally:
         asked.cancel()
@@ -168,6 +169,8 @@ def stopping_on_signals(stop: asyncio.Event, *, portable: bool = False) -> Itera
     def asked() -> None:
         if stop.is_set():
             task.cancel()
+        else:
+            log.info("asked to stop; a second signal stops at once")
         stop.set()
 
     def handler(_number: int, _frame: Any) -> None:
@@ -231,15 +234,19 @@ async def _watch(
     stats: Sequence[PipelineStats],
     on_stats: OnStats | None,
     interval: float,
+    limit: float = math.inf,
 ) -> None:
-    """Until one of the tasks is done."""
-    before = [0] * len(stats)
+    """Until one of the tasks is done, at most `limit` seconds."""
+    before = [figures.received for figures in stats]
     then = time.monotonic()
+    end = then + limit
     while True:
+        left = end - time.monotonic()
+        wait = min(left, interval) if on_stats else left
         done, _ = await asyncio.wait(
-            tasks, timeout=interval if on_stats else None, return_when=asyncio.FIRST_COMPLETED
+            tasks, timeout=None if wait == math.inf else max(0, wait), return_when=asyncio.FIRST_COMPLETED
         )
-        if done:
+        if done or time.monotonic() >= end:
             return
         now = time.monotonic()
         for figures, received in zip(stats, before, strict=True):

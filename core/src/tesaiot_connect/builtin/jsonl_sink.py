@@ -32,6 +32,8 @@ from ..protocols import Duration, Size, Writer
 _encode = msgspec.json.Encoder().encode
 _PREFIXES = 65536
 """How many topics' beginnings of a line are kept."""
+_LONG = 1024
+"""Bytes of such a beginning that are worth it."""
 _ONLY_RAW = frozenset({msgspec.Raw})
 _SHOWN = frozenset({bytes, bytearray, memoryview})
 """Types that are not left to the encoder."""
@@ -162,7 +164,9 @@ class Lines:
         if len(self._prefixes) >= _PREFIXES:
             self._prefixes.clear()
         start = _encode({"topic": record.route.topic, **record.route.fields})
-        prefix = self._prefixes[record.route.topic] = b"}\n" + start[:-1] + b',"time":'
+        prefix = b"}\n" + start[:-1] + b',"time":'
+        if len(prefix) <= _LONG:
+            self._prefixes[record.route.topic] = prefix
         return prefix
 
 

@@ -1,7 +1,8 @@
 """Messages from JSON lines: a file, a file that grows, or standard input.
 
 Owns: turning lines into messages, and following a file through rotation. Rule: a line is read
-when it is complete; a line that is no message is logged with its place and passed over.
+when it is complete; a line that is no message is logged with its place (one of them a second) and
+passed over.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import base64
 import binascii
 import logging
+import math
 import os
 import sys
 import threading
@@ -30,6 +32,8 @@ from ..protocols import Duration, Reader, Size
 log = logging.getLogger("tesaiot_connect.jsonl")
 
 CHUNK = 65536
+LOG_INTERVAL = 1.0
+"""Seconds; lines that are passed over are logged at most this often."""
 
 
 def _help(text: str) -> dict[str, str]:
@@ -86,7 +90,7 @@ class JsonlSource:
     max_line: Size = attrs.field(
         default=Size(16 * 1024 * 1024),
         validator=attrs.validators.ge(Size(1)),
-        metadata=_help("A longer line is an error."),
+        metadata=_help("A longer line is passed over."),
     )
 
     def once(self) -> JsonlSource:
@@ -119,23 +123,29 @@ class _JsonlReader:
         self._recipe = recipe
         self._chunks = chunks
         self._rest = b""
+        self._skipping = False  # the rest of a line that is too long
         self._line = 0
         self._ended = False
+        self._passed_over = 0
+        self._logged = -math.inf
         self._decode = msgspec.json.Decoder(_Line).decode
 
     async def read(self) -> Delivery:
         while not self._ended:
             chunk = await self._chunks.read()
             if self._chunks.restarted():
-                self._rest, self._line = b"", 0
+                self._rest, self._skipping, self._line = b"", False, 0
             self._ended = not chunk
+            if self._skipping:
+                _, end, chunk = chunk.partition(b"\n")
+                self._skipping = not end
+                if not chunk:
+                    continue
             lines = (self._rest + (chunk or b"\n")).split(b"\n")
             self._rest = lines.pop()
             if len(self._rest) > self._recipe.max_line:
-                raise ConnectorError(
-                    f"{self._recipe.path}:{self._line + 1}: longer than {self._recipe.max_line} bytes",
-                    fix="see that it is a file of lines, or raise max_line",
-                )
+                lines.append(self._rest)
+                self._rest, self._skipping = b"", True
             messages = self._messages(lines)
             if messages:
                 return Delivery(Batch(messages, time.time()))
@@ -149,16 +159,29 @@ class _JsonlReader:
             text = line.strip()
             if not text:
                 continue
+            if len(text) > self._recipe.max_line:
+                self._pass_over(f"longer than max_line, {self._recipe.max_line} bytes")
+                continue
             if topic:
                 messages.append(Message(topic, text, qos))
                 continue
             try:
                 name, payload = self._parse(text)
             except (msgspec.MsgspecError, ValueError, ConnectorError, RecursionError) as error:
-                log.warning("%s:%d is passed over: %s", self._recipe.path, self._line, error)
+                self._pass_over(error)
             else:
                 messages.append(Message(name, payload, qos))
         return messages
+
+    def _pass_over(self, reason: object) -> None:
+        self._passed_over += 1
+        now = time.monotonic()
+        if now - self._logged >= LOG_INTERVAL:
+            self._logged = now
+            log.warning(
+                "%s:%d is passed over (%d lines so far): %s",
+                self._recipe.path, self._line, self._passed_over, reason,
+            )  # fmt: skip
 
     def _parse(self, text: bytes) -> tuple[str, bytes]:
         line = self._decode(text)

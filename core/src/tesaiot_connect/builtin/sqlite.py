@@ -6,8 +6,8 @@ transaction a batch, in a thread of its own; a batch is in the file as a whole o
 Columns: `time` (seconds since the epoch), `topic`, one for each topic field, and one for each
 key of the payload where that is an object; a payload that is none goes to `value`. Nested values
 are JSON text. Keys that cannot have a column of their own go to `extra`, a JSON object: beyond
-`max_columns`, or equal to another column but for upper and lower case (SQLite does not
-distinguish them), or named like a topic field.
+`max_columns`, or longer than 200 characters, or equal to another column but for upper and lower
+case (SQLite does not distinguish them), or named like a topic field.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ _OWN = (*_FIXED, "extra")
 _PLAIN = frozenset({float, int, str, bool, type(None)})
 """Types SQLite stores as they are, with few exceptions that it reports."""
 _PLANS = 1000
+_PLAN_KEYS = 100_000
+"""How many shapes of records are remembered, and how many keys these have together at most."""
+_NAME = 200
+"""Characters of a key that becomes a column."""
 _MIN, _MAX = -(2**63), 2**63 - 1
 
 
@@ -131,6 +135,7 @@ class _Table:
         self._columns: dict[str, None] = {}
         self._folded: set[str] = set()
         self._plans: dict[_Shape, _Plan] = {}
+        self._plan_keys = 0
         self._indexed = False
         try:
             self._db = sqlite3.connect(recipe.path, timeout=recipe.busy_timeout, isolation_level=None)
@@ -140,7 +145,8 @@ class _Table:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute(f"PRAGMA synchronous = {recipe.synchronous}")
             self._learn()
-        except sqlite3.Error as error:
+            self._inode = recipe.path.stat().st_ino
+        except (sqlite3.Error, OSError) as error:
             self._db.close()
             raise self._explained(error) from error
 
@@ -148,16 +154,32 @@ class _Table:
         self._db.close()
 
     def insert(self, records: Sequence[Record]) -> None:
+        self._check_file()
         try:
             try:
                 failures = self._insert(records, careful=False)
             except (OverflowError, UnicodeEncodeError):
                 self._plans.clear()
+                self._indexed = False  # what was made was rolled back
                 failures = self._insert(records, careful=True)
         except sqlite3.Error as error:
             raise self._explained(error) from error
         if failures:
             raise PartialDelivery(failures)
+
+    def _check_file(self) -> None:
+        """SQLite would go on writing to a file that was deleted or moved away, and nobody would see it."""
+        try:
+            if self._recipe.path.stat().st_ino == self._inode:
+                return
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise self._explained(error) from error
+        raise ConnectorError(
+            f"the SQLite file {self._recipe.path} was deleted or replaced while it was in use",
+            fix="a new one is made, or the one that is there now is used: stop the pipeline before moving it",
+        )
 
     def _insert(self, records: Sequence[Record], *, careful: bool) -> dict[int, BaseException]:
         """One transaction. `careful` looks at every cell, where a whole row looked harmless."""
@@ -248,11 +270,13 @@ class _Table:
                 self._add(name)
         self._index()
         self._learn()
-        if len(self._plans) + len(new) > _PLANS:
+        if len(self._plans) + len(new) > _PLANS or self._plan_keys > _PLAN_KEYS:
             self._plans.clear()
+            self._plan_keys = 0
         for shape in shapes:
             if shape not in self._plans:
                 self._plans[shape] = self._plan(*shape)
+                self._plan_keys += len(shape[0] or ()) + len(shape[1])
 
     def _plan(self, names: tuple[Any, ...] | None, fields: tuple[str, ...]) -> _Plan:
         cells = (*fields, *(names or ()))
@@ -274,7 +298,7 @@ class _Table:
         for name in names:
             if len(chosen) >= room:
                 break
-            if isinstance(name, str) and name and "\0" not in name and name.lower() not in folded:
+            if _is_name(name) and name.lower() not in folded:
                 folded.add(name.lower())
                 chosen.append(name)
         return chosen
@@ -309,19 +333,28 @@ class _Table:
     def _names(self) -> list[str]:
         return [row[1] for row in self._db.execute(f"PRAGMA table_info({self._name})")]
 
-    def _explained(self, error: sqlite3.Error) -> ConnectorError:
+    def _explained(self, error: sqlite3.Error | OSError) -> ConnectorError:
         text = str(error)
+        path = self._recipe.path
+        unreachable = f"see that {path.parent} exists and this user may write there"
         fixes = {
             "locked": "another program is writing to it: the write is tried again; see busy_timeout",
             "full": "free space on the disk: the write is tried again",
             "not a database": "it is another kind of file: choose a path of its own for the database",
-            "unable to open": f"see that {self._recipe.path.parent} exists and this user may write there",
+            "unable to open": "name a file, not a folder" if path.is_dir() else unreachable,
             "readonly": "let this user write to the file and its folder",
             "malformed": "the file is damaged: move it away, a new one is made",
             "disk I/O": "see that the disk works and has room",
         }
         fix = next((words for part, words in fixes.items() if part in text), "")
-        return ConnectorError(f"the SQLite file {self._recipe.path} cannot be written: {text}", fix=fix)
+        return ConnectorError(f"the SQLite file {path} cannot be written: {text}", fix=fix)
+
+
+def _is_name(key: Any) -> bool:
+    """Whether a key can name a column; half of a surrogate pair is no text."""
+    if not isinstance(key, str) or not key or len(key) > _NAME or "\0" in key:
+        return False
+    return key.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in key)
 
 
 def _cell(value: Any) -> Any:

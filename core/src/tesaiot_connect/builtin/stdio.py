@@ -1,13 +1,16 @@
 """Standard output, and nowhere.
 
 Owns: the two sinks for looking and measuring. Rule: a slow terminal or pipe holds the pipeline
-back, never the event loop.
+back, never the event loop nor the end of the program.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sys
+import threading
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, BinaryIO, ClassVar, Literal
@@ -48,13 +51,16 @@ class StdoutSink:
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator[Writer]:
+        with contextlib.suppress(OSError, ValueError):  # a write will tell
+            sys.stdout.flush()
         yield _StdoutWriter(self.format, sys.stdout.buffer)
 
 
 class _StdoutWriter:
     def __init__(self, format: str, stream: BinaryIO) -> None:
         self._format = format
-        self._stream = stream
+        # not the buffer: a thread stuck in a write would hold its lock when the program ends
+        self._stream = getattr(stream, "raw", stream)
         self._lines = Lines()
 
     async def write(self, batch: Sequence[Record], /) -> None:
@@ -64,7 +70,7 @@ class _StdoutWriter:
         else:
             data = b"".join(map(self._line, batch))
         try:
-            await asyncio.to_thread(self._print, data)
+            await self._printed(data)
         except BrokenPipeError as error:
             raise EndOfOutput("standard output was closed by its reader") from error
         except (OSError, ValueError) as error:
@@ -72,8 +78,39 @@ class _StdoutWriter:
         if failures:
             raise PartialDelivery(failures)
 
+    async def _printed(self, data: bytes) -> None:
+        """In a daemon thread: a reader that has stalled must not keep the program from ending."""
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[None] = loop.create_future()
+
+        def tell(error: Exception | None) -> None:
+            if done.done():
+                return
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        def work() -> None:
+            error = None
+            try:
+                self._print(data)
+            except Exception as failure:  # noqa: BLE001 - told to whoever waits
+                error = failure
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(tell, error)
+
+        threading.Thread(target=work, name="tesaiot-stdout", daemon=True).start()
+        await done
+
     def _print(self, data: bytes) -> None:
-        self._stream.write(data)
+        left = memoryview(data)
+        while left:
+            written = self._stream.write(left)
+            if written is None:  # standard output was set not to block, and is full
+                time.sleep(0.01)
+            else:
+                left = left[written:]
         self._stream.flush()
 
     def _line(self, record: Record) -> bytes:

@@ -6,13 +6,21 @@ Owns: the table. Rule: rich is imported only here, and this module only where a 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
 from ..pipeline import PipelineStats, SinkStats
+
+_COUNTS: Mapping[str, Callable[[SinkStats], int]] = {
+    "written": lambda sink: sink.written,
+    "retries": lambda sink: sink.retries,
+    "dropped": lambda sink: sink.dropped + sink.refused,
+    "dead": lambda sink: sink.dead_lettered,
+}
 
 
 @contextlib.contextmanager
@@ -27,14 +35,16 @@ def live_figures() -> Iterator[Callable[[Sequence[PipelineStats]], None]]:
 
 
 def table(stats: Sequence[PipelineStats]) -> Table:
-    """One row for each sink of each pipeline."""
+    """One row for each sink of each pipeline; of what should not happen, only what did."""
     made = Table(box=None, pad_edge=False, header_style="bold")
     made.add_column("pipeline")
     for name in ("received", "per s", "acked"):
-        made.add_column(name, justify="right")
+        made.add_column(name, justify="right", no_wrap=True)
     made.add_column("sink")
-    for name in ("written", "retries", "dropped", "dead"):
-        made.add_column(name, justify="right")
+    sinks = [sink for pipeline in stats for sink in pipeline.sinks]
+    shown = [name for name, count in _COUNTS.items() if name == "written" or any(map(count, sinks))]
+    for name in shown:
+        made.add_column(name, justify="right", no_wrap=True)
     made.add_column("state")
     for pipeline in stats:
         first = [
@@ -44,24 +54,20 @@ def table(stats: Sequence[PipelineStats]) -> Table:
             f"{pipeline.acknowledged:,}",
         ]
         for sink in pipeline.sinks:
-            made.add_row(*first, sink.name, *_counts(sink), _state(pipeline, sink))
+            counts = [f"{_COUNTS[name](sink):,}" for name in shown]
+            made.add_row(*first, sink.name, *counts, _state(pipeline, sink))
             first = ["", "", "", ""]
     return made
 
 
-def _counts(sink: SinkStats) -> list[str]:
-    dropped = sink.dropped + sink.refused
-    return [f"{number:,}" for number in (sink.written, sink.retries, dropped, sink.dead_lettered)]
-
-
-def _state(pipeline: PipelineStats, sink: SinkStats) -> str:
+def _state(pipeline: PipelineStats, sink: SinkStats) -> Text:
     if sink.failing:
-        return f"[red]failing: {_short(sink.last_error)}[/]"
+        return _line(f"failing: {sink.last_error}", "red")
     if pipeline.last_error and not pipeline.received:
-        return f"[yellow]waiting: {_short(pipeline.last_error)}[/]"
-    return "[green]ok[/]"
+        return _line(f"waiting: {pipeline.last_error}", "yellow")
+    return _line("ok", "green")
 
 
-def _short(text: str) -> str:
-    line = " ".join(text.split()).replace("[", r"\[")
-    return line if len(line) <= 60 else line[:57] + "..."
+def _line(text: str, style: str) -> Text:
+    """One line, cut where the terminal ends: the log has all of it."""
+    return Text(" ".join(text.split()), style=style, no_wrap=True, overflow="ellipsis")

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import sys
+import sysconfig
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 import click
@@ -44,14 +46,17 @@ class Human(logging.Formatter):
         text = f"{clock} {level} {_room(record.name)}: {record.getMessage()}"
         error = record.exc_info[1] if record.exc_info else None
         if error is not None:
-            text += f": {type(error).__name__}: {error}"
+            kind = f"{type(error).__name__}: {error}"
+            text += "" if kind in text else f": {kind}"
+            place = _place(error)
+            text += f" ({place}; --debug shows the traceback)" if place and not self._debug else ""
             if self._debug:
                 text += "\n" + "".join(traceback.format_exception(error)).rstrip()
         return text if self._debug else text.replace("\n", " | ")
 
 
 class Json(logging.Formatter):
-    """One JSON object a line: time (RFC 3339, UTC), level, logger, message, error."""
+    """One JSON object a line: time (RFC 3339, UTC), level, logger, message, error, at."""
 
     def __init__(self, *, debug: bool) -> None:
         super().__init__()
@@ -68,9 +73,21 @@ class Json(logging.Formatter):
         error = record.exc_info[1] if record.exc_info else None
         if error is not None:
             line["error"] = f"{type(error).__name__}: {error}"
+            if place := _place(error):
+                line["at"] = place
             if self._debug:
                 line["traceback"] = "".join(traceback.format_exception(error))
         return msgspec.json.encode(line).decode()
+
+
+def _place(error: BaseException) -> str:
+    """Where in a step or plugin an error came up; "" if it was not there."""
+    own, library = str(Path(__file__).parents[1]), sysconfig.get_path("stdlib")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        theirs = "site-packages" in frame.filename or not frame.filename.startswith(library)
+        if theirs and not frame.filename.startswith((own, "<")):
+            return f"{frame.filename}:{frame.lineno} in {frame.name}"
+    return ""
 
 
 def _room(name: str) -> str:

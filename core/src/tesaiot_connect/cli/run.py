@@ -54,12 +54,16 @@ def command(
     for warning in config.warnings:
         log.info("note: %s", warning)
     with _figures(log_format) as on_stats:
-        summary = run_blocking(
-            config.pipelines, uvloop=True, once=once, require_healthy=require_healthy, on_stats=on_stats
-        )
+        try:
+            summary = run_blocking(
+                config.pipelines, uvloop=True, once=once, require_healthy=require_healthy, on_stats=on_stats
+            )
+        except KeyboardInterrupt:
+            log.warning("stopped at once: a broker sends again what was not acknowledged")
+            raise
     _report(summary)
     if not summary.drained:
-        log.error("stopped before everything was written; the broker will send the rest again")
+        log.error("stopped before everything was written; a broker sends the rest again")
         ctx.exit(FAILED)
 
 
@@ -86,4 +90,4 @@ def _report(summary: Summary) -> None:
             sinks,
         )
     if summary.lost:
-        log.warning("%d messages were given up without a dead-letter sink", summary.lost)
+        log.warning("given up without a dead-letter sink: %d", summary.lost)

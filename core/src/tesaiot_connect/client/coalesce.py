@@ -11,10 +11,13 @@ from __future__ import annotations
 _PAUSE = 0.001
 _CLOSE = 0.0002
 """Reads closer than this, in seconds, are a stream of messages."""
-_SMALL = 16_384
-"""A read of so many bytes shows that waiting gains nothing more."""
-_WIDE = 64
-"""Messages in a read that show that the sender's window is a large one."""
+_ENOUGH = 65_536
+"""Bytes in a read that show that waiting gains nothing more."""
+_WORTH = 4
+"""Messages that a read after a pause must bring for the pause to have been worth it."""
+_WIDE = 40
+"""The same, where messages want acknowledgement: more than the 20 or 32 that common brokers
+send before they wait, so the window is a large one."""
 _PROBE = 256
 """Reads with acknowledgement between two trials whether the window has become large."""
 
@@ -33,15 +36,14 @@ class Coalescer:
 
     def pause(self, size: int, messages: int, acknowledged: bool, now: float) -> float:
         """Seconds to wait. `size` in bytes; `acknowledged`: some of the messages want a PUBACK."""
-        waited = now - self._since
-        probing = False
+        close = messages >= _WORTH if self._paused else now - self._since < _CLOSE
+        self._since = now
         if acknowledged:
             self._reads += 1
             if self._paused or messages >= _WIDE:
                 self._wide = messages >= _WIDE
-            probing = self._reads % _PROBE == 0
-        self._since = now
-        self._paused = size < _SMALL and waited < _CLOSE and (not acknowledged or self._wide or probing)
+            close = close and (self._wide or self._reads % _PROBE == 0)
+        self._paused = close and size < _ENOUGH
         return _PAUSE if self._paused else 0.0
 
     def resumed(self, now: float) -> None:

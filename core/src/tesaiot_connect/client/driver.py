@@ -1,7 +1,8 @@
 """The asyncio driver: an engine over any connection, again and again.
 
-Owns: dialling, reconnecting, subscribing and the tasks of one client. Rules: it knows neither
-transports nor files; no per-message await or callback; while a reader lags, the socket waits.
+Owns: dialling, reconnecting, subscribing and reading. Rules: it knows neither transports nor
+files; no per-message await or callback; while a reader lags, the socket waits; nothing is
+acknowledged before its delivery is settled, except what nobody subscribed to.
 """
 
 from __future__ import annotations
@@ -9,32 +10,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Self
+from collections.abc import AsyncIterator, Awaitable, Sequence
+from typing import NoReturn, Self, TypeVar
 
-from ..errors import ConnectorError, Disconnected, Refused
+from ..errors import ConnectFailed, ConnectorError, Disconnected, Refused
 from ..message import Batch, Delivery, Message
 from ..mqtt.client import ClientEngine
-from ..mqtt.events import (
-    Acknowledged,
-    AuthChallenge,
-    Close,
-    Closed,
-    Connected,
-    Event,
-    Received,
-    Send,
-    Suback,
-)
+from ..mqtt.events import Acknowledged, AuthChallenge, Closed, Connected, Event, Received, Suback
 from ..mqtt.packets import V3, V5, Connack, Subscription
 from ..mqtt.properties import P
-from ..mqtt.reasons import R, words
+from ..mqtt.reasons import R
 from ..mqtt.session import Session
 from ..mqtt.topics import check_filter
-from ..protocols import Auth, ByteStream, Connection, Credentials, Dialer, Login, Pausable, Reader
+from ..protocols import Auth, Credentials, Dialer, Pausable, Reader
 from .coalesce import Coalescer
+from .connection import Live
 from .handshake import connect_packet, explain
 from .inbox import Inbox, Switchboard
 from .options import ClientOptions, ClientState, ClientStatus
@@ -45,32 +38,10 @@ log = logging.getLogger(__name__)
 _READ = 262_144
 _STABLE = 5.0
 """Seconds a connection must last for the reconnect delay to start afresh."""
-_FLUSH = 2.0
-"""Seconds a connection that is over has to take the last words."""
+_LEAVE = 5.0
+"""Seconds leaving may take while the broker does not read."""
 
-
-class _Connection:
-    """One accepted transport connection with its engine. Lives until the transport ends."""
-
-    def __init__(self, connection: Connection, stream: ByteStream, engine: ClientEngine, login: Login | None):
-        self.connection = connection
-        self.stream = stream
-        self.engine = engine
-        self.login = login
-        self.closed: Closed | None = None
-        self.accepted = False
-        self.flushing = False
-        """The engine has said its last: the writer flushes that and closes."""
-        self.wake = asyncio.Event()
-        """There may be something to write, or a deadline has moved."""
-        self.subacks: dict[int, tuple[Inbox, ...]] = {}
-        self.fix = ""
-
-    def broken(self, error: ConnectorError) -> None:
-        """The transport failed, which ends the connection if nothing else had ended it."""
-        if self.closed is None:
-            self.closed = Closed(None, error.what, True, False)
-            self.fix = error.fix
+T = TypeVar("T")
 
 
 class Client:
@@ -79,6 +50,9 @@ class Client:
     Use it as `async with Client(...) as client`. It dials at the first `read`, `publish` or
     `connected`, and from then on reconnects for ever; subscriptions and unacknowledged
     publishes survive. Leaving flushes acknowledgements and says DISCONNECT.
+
+    Who reads from a client must not wait for a publish by the same client meanwhile: while a
+    reader lags the socket is not read, and the PUBACKs are behind the messages.
     """
 
     def __init__(
@@ -100,16 +74,20 @@ class Client:
         self._switchboard = Switchboard()
         self._outbox = Outbox()
         self._task: asyncio.Task[None] | None = None
-        self._live: _Connection | None = None
+        self._live: Live | None = None
         self._connack: Connack | None = None
         self._fatal: Refused | None = None
         self._failure: ConnectorError | None = None
+        self._unsettled: dict[int, tuple[Inbox, ...]] = {}
+        """Tokens of what was received, and who was given it."""
         self._changed = asyncio.Event()
         """Set and replaced whenever the state changes."""
         self._closing = False
         self._opened = False
         self._state: ClientState = "idle"
         self._since = time.time()
+        self._up_since = math.inf
+        """When the present or latest connection was accepted, on the loop's clock."""
         self._connects = 0
         self._received = 0
         self._endpoint = ""
@@ -121,26 +99,22 @@ class Client:
 
     async def __aexit__(self, *_: object) -> None:
         self._closing = True
-        live, task = self._live, self._task
-        if live is not None and live.accepted:
-            if not self._keep_session and self._version == V5:
-                live.engine.disconnect(properties={P.SESSION_EXPIRY: 0})
-            else:
-                live.engine.disconnect()
-            live.wake.set()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(5):
-                    await asyncio.shield(asyncio.wait([task] if task else []))
-        if task is not None:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-        self._set_state("closed")
         closed = Disconnected(f"the client {self._name} was closed")
-        self._switchboard.fail(closed)
-        self._outbox.fail(closed)
         for inbox in self._switchboard.inboxes:
-            inbox.close()
+            inbox.close(closed)
+        live, task = self._live, self._task
+        try:
+            if task is not None and live is not None and live.up:
+                ends = not self._keep_session and self._version == V5
+                live.engine.disconnect(properties={P.SESSION_EXPIRY: 0} if ends else {})
+                live.wake.set()
+                await asyncio.wait([task], timeout=_LEAVE)
+        finally:
+            self._outbox.fail(closed)
+            self._set_state("closed")
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
 
     # --- what users call ------------------------------------------------------------------
 
@@ -156,20 +130,20 @@ class Client:
 
         Settling a delivery sends PUBACK or PUBREC, a nack reconnects so that the broker sends
         again. Beyond `max_messages` or `max_bytes` that wait, the socket is not read. Leaving
-        does not unsubscribe: what the session brings from then on stays at the broker. The
-        reader raises Refused when the broker refuses a filter, ProtocolError is raised for an
-        invalid one.
+        does not unsubscribe: what the session brings from then on stays at the broker,
+        unacknowledged. Opening the same filters again reconnects for it. The reader raises Refused
+        when the broker refuses a filter, ProtocolError is raised for an invalid one.
         """
         wanted = [Subscription(one) if isinstance(one, str) else one for one in subscriptions]
         for one in wanted:
             check_filter(one.topic_filter)
-        inbox = Inbox(
-            wanted, len(self._switchboard.inboxes) + 1, max_messages=max_messages, max_bytes=max_bytes
-        )
-        self._switchboard.add(inbox)
+        inbox = self._switchboard.open(wanted, max_messages=max_messages, max_bytes=max_bytes)
         live = self._live
-        if live is not None and live.accepted:
-            self._subscribe(live, (inbox,))
+        if live is not None and live.up:
+            if any(one.closed for inboxes in self._unsettled.values() for one in inboxes):
+                self._reconnect(live, "a subscription that was closed left messages unsettled")
+            else:
+                live.subscribe(self._switchboard.inboxes)
         try:
             yield _LazyReader(self, inbox)
         finally:
@@ -179,15 +153,17 @@ class Client:
         """Returns when the broker has taken over every message (QoS 0: when it was written).
 
         Waits through reconnects. Raises PartialDelivery with a PublishRefused for each message
-        that the broker refused.
+        that the broker refused, TypeError for a payload that is not bytes.
         """
         if not messages:
             return
+        for kind in {type(message.payload) for message in messages}:
+            if not issubclass(kind, (bytes, bytearray)):
+                raise TypeError(f"a payload must be bytes, not {kind.__name__}")
         self._start()
         done = self._outbox.add(messages)
-        live = self._live
-        if live is not None and live.accepted:
-            self._flush(live)
+        if self._live is not None:
+            self._flush(self._live)
         await done
 
     async def connected(self, *, once: bool = False) -> Connack:
@@ -195,7 +171,7 @@ class Client:
         also the error of the first attempt that fails, for callers who do not want to wait."""
         self._start()
         while True:
-            if self._live is not None and self._live.accepted and self._connack is not None:
+            if self._live is not None and self._live.up and self._connack is not None:
                 return self._connack
             if self._fatal is not None:
                 raise self._fatal
@@ -230,55 +206,55 @@ class Client:
             )
         if self._task is None:
             self._task = asyncio.create_task(self._run(), name=f"client {self._name}")
-        elif self._task.done() and not self._task.cancelled() and (error := self._task.exception()):
-            raise Disconnected(f"the client {self._name} failed: {error}") from error
 
     # --- connecting, for ever -------------------------------------------------------------
 
     async def _run(self) -> None:
         delays = self._options.reconnect.delays()
-        try:
-            while not self._stopping():
-                began = time.monotonic()
-                self._set_state("connecting")
-                delay = None
-                try:
-                    await self._connect_and_serve()
-                except Refused as error:
-                    self._note(error)
-                    if error.reason_code == R.UNSUPPORTED_PROTOCOL_VERSION and self._fall_back():
-                        continue
-                    if error.permanent or error.reason_code == R.SESSION_TAKEN_OVER:
-                        delay = float(self._options.reconnect.max)
-                    if error.permanent:
-                        self._fatal = error
-                        self._announce()
-                except ConnectorError as error:
-                    if not self._stopping():
-                        self._note(error)
-                if self._stopping():
-                    return
-                if not self._connects and self._options.protocol == "auto":
-                    self._version = V5
-                if time.monotonic() - began > _STABLE:
-                    delays = self._options.reconnect.delays()
-                delay = next(delays) if delay is None else delay
-                self._set_state("waiting")
-                log.info("%s: trying again in %.1f s", self._name, delay)
-                await asyncio.sleep(delay)
-        except Exception as error:
-            log.exception("%s: the client failed in an unexpected way", self._name)
-            failure = Disconnected(f"the client {self._name} failed: {error!r}")
-            self._switchboard.fail(failure)
-            self._outbox.fail(failure)
-            raise
+        while True:
+            self._set_state("connecting")
+            self._up_since = math.inf
+            delay = None
+            try:
+                await self._connect_and_serve()
+            except Refused as error:
+                self._note(error)
+                if error.reason_code == R.UNSUPPORTED_PROTOCOL_VERSION and self._fall_back():
+                    continue
+                if error.permanent or error.reason_code == R.SESSION_TAKEN_OVER:
+                    delay = float(self._options.reconnect.max)
+                if error.permanent:
+                    self._fatal = error
+            except ConnectorError as error:
+                self._note(error)
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and self._cancelled():
+                    raise
+                self._note(Disconnected(f"this attempt failed in an unexpected way: {error!r}"), error)
+            if self._closing:
+                return
+            if not self._connects and self._options.protocol == "auto":
+                self._version = V5
+            if self._now() - self._up_since > _STABLE:
+                delays = self._options.reconnect.delays()
+            delay = next(delays) if delay is None else delay
+            self._set_state("waiting")
+            log.info("%s: trying again in %.1f s", self._name, delay)
+            await asyncio.sleep(delay)
 
-    def _stopping(self) -> bool:
-        return self._closing
+    def _cancelled(self) -> bool:
+        """Whether this client is cancelled, and not something that an auth or a transport awaits."""
+        return self._task is None or self._task.cancelling() > 0
 
-    def _note(self, error: ConnectorError) -> None:
-        self._failure = error
-        log.warning("%s: %s", self._name, error)
+    @staticmethod
+    def _now() -> float:
+        return asyncio.get_running_loop().time()
+
+    def _note(self, error: ConnectorError, cause: BaseException | None = None) -> None:
+        if not self._closing:
+            again = str(error) == str(self._failure)
+            self._failure = error
+            log.warning("%s: %s", self._name, error, exc_info=None if again else cause)
 
     def _fall_back(self) -> bool:
         """To 3.1.1, if that is allowed, until a connection was accepted in either version."""
@@ -288,13 +264,13 @@ class Client:
             return True
         return False
 
-    async def _connect_and_serve(self) -> None:
+    async def _connect_and_serve(self) -> NoReturn:
         """One connection from dialling to its end. Raises Disconnected or Refused at the end."""
+        self._forget_dropped()
         auth = self._auth
-        login = await auth.begin() if auth is not None else None
-        identity = await auth.identity() if auth is not None else None
+        login = await self._ask(auth.begin()) if auth is not None else None
+        identity = await self._ask(auth.identity()) if auth is not None else None
         connection = await self._dialer.connect(identity=identity)
-        live: _Connection | None = None
         try:
             stream = await connection.open_stream()
             credentials = login.credentials if login is not None else Credentials()
@@ -308,49 +284,72 @@ class Client:
                     first=not self._connects,
                 ),
                 self._session,
-                now=asyncio.get_running_loop().time(),
+                now=self._now(),
                 connect_timeout=self._options.connect_timeout,
             )
             connection.set_keepalive(self._options.keepalive)
             self._endpoint = connection.peer.address
             self._transport = connection.peer.transport
-            live = self._live = _Connection(connection, stream, engine, login)
-            writer = asyncio.create_task(self._write(live), name=f"writer of {self._name}")
-            try:
-                await self._read(live)
-            finally:
-                if live.flushing:
-                    await asyncio.wait([writer], timeout=_FLUSH)
-                writer.cancel()
-                await asyncio.wait([writer])
+            live = self._live = Live(self._name, connection, stream, engine, login)
+            await live.serve(self._read(live), lambda: self._flush(live))
         finally:
             self._live = None
             connection.abort()
-            self._announce()
+        broken = live.broken or Disconnected("the broker closed the connection")
         raise explain(
-            live.closed or Closed(None, "the broker closed the connection", True, False),
+            live.closed or Closed(None, broken.what, True, False),
             broker=self._endpoint,
             client_id=self._client_id,
             accepted=live.accepted,
             origin=credentials.origin,
-            may_fall_back=self._options.protocol == "auto" and self._version == V5 and not live.fix,
-            fix=live.fix,
+            may_fall_back=self._options.protocol == "auto" and self._version == V5 and not broken.fix,
+            fix=broken.fix,
         )
+
+    async def _ask(self, answer: Awaitable[T]) -> T:
+        """An answer of the auth, which has as long as the broker has for its own."""
+        seconds = self._options.connect_timeout
+        try:
+            async with asyncio.timeout(seconds) as deadline:
+                return await answer
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise ConnectFailed(
+                f"the `auth` of this connection gave no answer within {seconds:g} s",
+                fix="see what it waits for, or raise `connect_timeout`",
+            ) from error
+
+    def _forget_dropped(self) -> None:
+        """Between connections: QoS 2 messages that nobody will settle are new when they come again."""
+        self._unsettled = {
+            token: inboxes
+            for token, inboxes in self._unsettled.items()
+            if not any(inbox.closed for inbox in inboxes)
+        }
+        unsettled = self._session.unsettled
+        for packet_id in [one for one, token in unsettled.items() if token not in self._unsettled]:
+            del unsettled[packet_id]
+
+    def _reconnect(self, live: Live, why: str) -> None:
+        """So that the broker sends again what is not acknowledged."""
+        live.engine.disconnect()
+        live.end(Closed(None, why, False, False))
 
     # --- one connection -------------------------------------------------------------------
 
-    async def _read(self, live: _Connection) -> None:
+    async def _read(self, live: Live) -> None:
         """Reads until the connection ends; the events happen here."""
         engine, receive = live.engine, live.stream.receive
         clock = asyncio.get_running_loop().time
         coalescer = Coalescer(clock())
+        pausable = live.stream if isinstance(live.stream, Pausable) else None
         switchboard = self._switchboard
         while live.closed is None:
             try:
                 data = await receive(_READ)
             except Disconnected as error:
-                live.broken(error)
-                engine.stream_reset(0, now=clock())
+                live.broken = live.broken or error
                 break
             now = clock()
             if not data:
@@ -362,171 +361,106 @@ class Client:
                 engine.pause_reading(now)
                 await switchboard.room()
                 engine.resume_reading(clock())
+                live.arm()
             if pause := coalescer.pause(len(data), count, acknowledged, now):
-                if isinstance(live.stream, Pausable):
-                    live.stream.pause()
+                if pausable is not None:
+                    pausable.pause()
                 await asyncio.sleep(pause)
                 coalescer.resumed(clock())
 
-    async def _handle(self, live: _Connection, events: list[Event], size: int) -> tuple[int, bool]:
+    async def _handle(self, live: Live, events: list[Event], size: int) -> tuple[int, bool]:
         """Acts on events. Returns how many messages came and whether some want acknowledgement."""
         count = 0
         acknowledged = False
+        for event in events:  # first, because what follows may fail or be cancelled
+            if isinstance(event, Acknowledged):
+                self._outbox.acknowledged(event.keys, event.refused)
         for event in events:
             if isinstance(event, Received):
                 count += len(event.messages)
                 acknowledged = acknowledged or event.token > 0
                 self._deliver(live, event, size)
-            elif isinstance(event, Acknowledged):
-                self._outbox.acknowledged(event.keys, event.refused)
             elif isinstance(event, Connected):
                 await self._accepted(live, event.connack)
             elif isinstance(event, Suback):
-                self._subacked(live, event)
+                live.subacked(event)
             elif isinstance(event, AuthChallenge):
                 assert live.login is not None
                 if event.final:
-                    await live.login.finish(event.data)
+                    await self._ask(live.login.finish(event.data))
                 else:
-                    live.engine.auth(await live.login.respond(event.data))
+                    live.engine.auth(await self._ask(live.login.respond(event.data)))
             elif isinstance(event, Closed):
-                live.closed = live.closed or event
-                live.flushing = True
-                live.wake.set()
-            else:
-                raise AssertionError(f"{type(event).__name__} is no event of a client's control stream")
+                live.finish(event)
         self._received += count
         return count, acknowledged
 
-    def _deliver(self, live: _Connection, event: Received, size: int) -> None:
+    def _deliver(self, live: Live, event: Received, size: int) -> None:
         token = event.token
 
         async def settle(error: BaseException | None) -> None:
-            if not token:
-                return
-            if error is None:
-                current = self._live
-                if current is None or not current.accepted:
-                    self._session.settle_unconnected(token)
-                elif current is live or self._session.unsettled:
-                    current.engine.settle(token)
-                    current.wake.set()
-            else:
-                current = self._live if self._session.forget(token) else live
-                if current is not None and current is self._live:
-                    log.warning("%s: a batch was refused downstream, reconnecting: %s", self._name, error)
-                    current.closed = current.closed or Closed(
-                        None, f"a batch was refused: {error}", False, False
-                    )
-                    current.connection.abort()
+            if token:
+                self._settle(live, token, error)
 
         delivery = Delivery(Batch(event.messages, time.time()), settle)
-        left = self._switchboard.dispatch(delivery, size)
-        if left is not None:
-            if token:
-                live.engine.settle(token)
+        news = not self._switchboard.unrouted
+        inboxes = self._switchboard.dispatch(delivery, size)
+        if token and inboxes:
+            self._unsettled[token] = inboxes
+        elif token:
+            live.engine.settle(token)
+            live.wake.set()
+        if news and self._switchboard.unrouted:
             log.warning(
-                "%s: %d messages that no source of this connection subscribes to, first on %s",
+                "%s: messages come that no source of this connection subscribes to, first on %s or after; "
+                "they are counted and dropped",
                 self._name,
-                len(left.batch.messages),
-                left.batch.messages[0].topic,
+                event.messages[0].topic,
             )
 
-    async def _accepted(self, live: _Connection, connack: Connack) -> None:
+    def _settle(self, live: Live, token: int, error: BaseException | None) -> None:
+        """`live` brought it; the connection may be another one now."""
+        self._unsettled.pop(token, None)
+        current = self._live
+        if error is not None:
+            # QoS 2 messages of an earlier connection have come again unnoticed
+            again = self._session.forget(token) or current is live
+            if again and current is not None:
+                self._reconnect(current, f"a batch was refused downstream: {error}")
+        elif current is None or not current.up:
+            self._session.settle_unconnected(token)
+        elif current is live or self._session.unsettled:
+            current.engine.settle(token)
+            current.wake.set()
+
+    async def _accepted(self, live: Live, connack: Connack) -> None:
         data = connack.properties.get(P.AUTH_DATA)
         if live.login is not None and data is not None:
-            await live.login.finish(data)
-        first = self._connects == 0
+            await self._ask(live.login.finish(data))
         self._connects += 1
+        self._up_since = self._now()
         self._connack = connack
         self._fatal = None
         self._failure = None
         live.accepted = True
-        inboxes = tuple(self._switchboard.inboxes)
-        if not first and connack.session_present:
-            told = "session kept, not subscribing again"
-        else:
-            told = "session kept" if connack.session_present else "new session"
-            told += ", subscribing" if inboxes else ""
-            self._subscribe(live, inboxes)
+        live.connection.set_keepalive(live.engine.keepalive)
+        live.arm()
+        if not connack.session_present:
+            self._switchboard.session_lost()
+        told = "session kept" if connack.session_present else "new session"
+        if live.subscribe(self._switchboard.inboxes):
+            told += ", subscribing"
+        elif self._switchboard.inboxes:
+            told += ", not subscribing again"
         self._set_state("connected")
         log.info("%s: connected to %s by %s, %s", self._name, self._endpoint, self._transport, told)
 
-    def _subscribe(self, live: _Connection, inboxes: tuple[Inbox, ...]) -> None:
-        connack = self._connack
-        v5 = self._version == V5
-        usable = bool(connack and connack.properties.get(P.SUBSCRIPTION_IDS_AVAILABLE, 1))
-        several = len(self._switchboard.inboxes) > 1
-        for inbox in inboxes:
-            if inbox.closed:
-                continue
-            properties = {P.SUBSCRIPTION_ID: [inbox.identifier]} if v5 and usable and several else {}
-            packet_id = live.engine.subscribe(inbox.subscriptions, properties=properties)
-            live.subacks[packet_id] = (inbox,)
-        live.wake.set()
-
-    def _subacked(self, live: _Connection, suback: Suback) -> None:
-        for inbox in live.subacks.pop(suback.packet_id, ()):
-            for one, code in zip(inbox.subscriptions, suback.codes, strict=False):
-                if code >= 0x80:
-                    told = f", {suback.text}" if suback.text else ""
-                    inbox.fail(
-                        Refused(
-                            f"the broker refused the subscription to {one.topic_filter!r}: {words(code)}{told}",
-                            fix="check the filter and the rights of this connection's user",
-                            reason_code=code,
-                            permanent=True,
-                        )
-                    )
-                elif code < one.qos:
-                    log.warning(
-                        "%s: the broker granted QoS %d instead of %d for %s",
-                        self._name,
-                        code,
-                        one.qos,
-                        one.topic_filter,
-                    )
-
-    def _flush(self, live: _Connection) -> None:
+    def _flush(self, live: Live) -> None:
         """Offers what waits to be published, and has the writer look."""
-        self._outbox.offer(live.engine.publish)
+        if live.up:
+            self._outbox.offer(live.publish)
         if live.engine.has_output:
             live.wake.set()
-
-    async def _write(self, live: _Connection) -> None:
-        """The one writer of the stream; watches the engine's clock as well."""
-        engine, stream, wake = live.engine, live.stream, live.wake
-        clock = asyncio.get_running_loop().time
-        try:
-            while True:
-                wrote = False
-                for output in engine.outputs():
-                    if isinstance(output, Send):
-                        await stream.send(output.data)
-                        wrote = True
-                    elif isinstance(output, Close):
-                        await live.connection.aclose(output.code)
-                        return
-                if wrote and live.accepted:
-                    self._outbox.offer(engine.publish)
-                    self._outbox_refused(live)
-                    continue
-                due = engine.next_timeout()
-                wake_at = None if due is None else max(0.0, due - clock())
-                try:
-                    async with asyncio.timeout(wake_at):
-                        await wake.wait()
-                except TimeoutError:
-                    await self._handle(live, engine.handle_timeout(clock()), 0)
-                wake.clear()
-        except ConnectorError as error:
-            live.broken(error)
-            live.connection.abort()
-
-    def _outbox_refused(self, live: _Connection) -> None:
-        for event in live.engine.take_events():
-            if isinstance(event, Acknowledged):
-                self._outbox.acknowledged(event.keys, event.refused)
 
     def _set_state(self, state: ClientState) -> None:
         self._state = state

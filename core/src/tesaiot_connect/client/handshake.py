@@ -5,6 +5,7 @@ Owns: CONNECT from the options, and the words for refusals and disconnections.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Any
 
 from ..errors import Disconnected, Refused
@@ -60,7 +61,7 @@ def connect_packet(
         client_id=client_id,
         version=version,
         clean_start=not keep_session and (first or version != V5),
-        keepalive=int(options.keepalive),
+        keepalive=ceil(options.keepalive),
         username=credentials.username,
         password=credentials.password,
         will=None
@@ -84,14 +85,19 @@ def explain(
     `fix`: what the transport advised, if it was the transport that broke.
 
     With `may_fall_back` a silent end before CONNACK counts as a refusal of the protocol
-    version: some 3.1.1 brokers close without a word when they are spoken to in MQTT 5.
+    version, and so does an answer that is not MQTT 5: a 3.1.1 broker that is spoken to in MQTT 5
+    answers with a CONNACK of its own version, or closes without a word.
     """
     if closed.reason_code is None or not closed.by_peer:
+        if closed.reason_code == R.PACKET_TOO_LARGE:
+            fix = "raise `maximum_packet_size`"
         if accepted:
             return Disconnected(f"{broker}: {closed.text}", fix=fix)
-        if closed.by_peer and may_fall_back:
+        if may_fall_back and (closed.by_peer or closed.reason_code is not None):
             return Refused(
-                f"{broker} closed the connection without a CONNACK",
+                f"{broker} closed the connection without a CONNACK"
+                if closed.by_peer
+                else f"{broker} did not answer in MQTT 5: {closed.text}",
                 reason_code=R.UNSUPPORTED_PROTOCOL_VERSION,
             )
         return Disconnected(

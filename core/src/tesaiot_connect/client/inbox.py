@@ -1,7 +1,8 @@
 """Where a client's messages wait for their reader.
 
 Owns: the hand-over from a connection to its readers, routing included. Rules: one delivery per
-chunk and reader; everything that waits is bounded, and beyond the bound the socket is not read.
+chunk and reader; everything that waits is bounded, and beyond the bound the socket is not read;
+what nobody reads any more stays unsettled.
 """
 
 from __future__ import annotations
@@ -9,9 +10,8 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
 
-from ..errors import ConnectorError
+from ..errors import ConnectorError, Disconnected
 from ..message import Batch, Delivery, Message
 from ..mqtt.packets import Subscription
 from ..mqtt.topics import matches, split_shared
@@ -28,27 +28,31 @@ class Inbox:
         self.subscriptions = tuple(subscriptions)
         self.filters = tuple(split_shared(one.topic_filter)[1] for one in subscriptions)
         self.identifier = identifier
+        self.subscribed = False
+        """The session at the broker is known to have the subscriptions."""
+        self.tagged = False
+        """The broker was told the identifier with them."""
         self.closed = False
+        self.error: ConnectorError | None = None
         self._max_messages = max_messages
         self._max_bytes = max_bytes
         self._deliveries: deque[Delivery] = deque()
         self._messages = 0
         self._bytes = 0
-        self._error: ConnectorError | None = None
         self._readable = asyncio.Event()
         self._room = asyncio.Event()
         self._room.set()
 
     async def read(self) -> Delivery:
         """All that waits, as one delivery. Cancel-safe. Raises what `fail` was given."""
-        await self._readable.wait()
-        if not self._deliveries and self._error is not None:
-            raise self._error
+        while not self._deliveries:
+            if self.error is not None:
+                raise self.error
+            self._readable.clear()
+            await self._readable.wait()
         deliveries = list(self._deliveries)
         self._deliveries.clear()
         self._messages = self._bytes = 0
-        if self._error is None:
-            self._readable.clear()
         self._room.set()
         return Delivery.join(deliveries)
 
@@ -71,85 +75,94 @@ class Inbox:
         await self._room.wait()
 
     def fail(self, error: ConnectorError) -> None:
-        self._error = error
+        """Reading raises this, once what came before is read. The first error stays."""
+        self.error = self.error or error
         self._readable.set()
 
-    def close(self) -> None:
+    def close(self, error: ConnectorError | None = None) -> None:
         """Nobody reads any more. What waits is dropped unsettled."""
         self.closed = True
         self._deliveries.clear()
         self._room.set()
+        self.fail(error or Disconnected("this subscription was closed"))
 
 
 class Switchboard:
-    """The inboxes of a client, and which message goes to which of them."""
+    """The inboxes of a client, and which message goes to which of them.
+
+    A closed inbox stays, because what the broker still sends for it must not be acknowledged,
+    until one with the same filters is opened or the session is gone.
+    """
 
     def __init__(self) -> None:
         self.inboxes: list[Inbox] = []
         self.unrouted = 0
-        self._by_topic: dict[str, tuple[Inbox, ...]] = {}
-        self._by_identifiers: dict[tuple[int, ...], tuple[Inbox, ...]] = {}
+        self._last_identifier = 0
+        self._routes: dict[tuple[str, tuple[int, ...]], tuple[Inbox, ...]] = {}
 
-    def add(self, inbox: Inbox) -> None:
+    def open(self, subscriptions: Sequence[Subscription], *, max_messages: int, max_bytes: int) -> Inbox:
+        """A new inbox. It takes the place of closed ones whose filters are all among its own."""
+        filters = {one.topic_filter for one in subscriptions}
+        identifier = 0
+        for old in tuple(self.inboxes):
+            theirs = {one.topic_filter for one in old.subscriptions}
+            if old.closed and theirs <= filters:
+                self.inboxes.remove(old)
+                if theirs == filters:
+                    identifier = old.identifier
+        if not identifier:
+            identifier = self._last_identifier = self._last_identifier + 1
+        inbox = Inbox(subscriptions, identifier, max_messages=max_messages, max_bytes=max_bytes)
         self.inboxes.append(inbox)
-        self._by_topic.clear()
-        self._by_identifiers.clear()
+        self._routes.clear()
+        return inbox
 
-    def dispatch(self, delivery: Delivery, size: int) -> Delivery | None:
-        """Puts the messages where they belong. What belongs nowhere comes back, to be settled."""
+    def session_lost(self) -> None:
+        """The broker has no subscriptions and nothing for closed inboxes any more."""
+        self.inboxes = [inbox for inbox in self.inboxes if not inbox.closed]
+        self._routes.clear()
+        for inbox in self.inboxes:
+            inbox.subscribed = False
+
+    def dispatch(self, delivery: Delivery, size: int) -> tuple[Inbox, ...]:
+        """Puts the messages where they belong and says where that was. If nowhere, the delivery is
+        still the caller's to settle."""
         inboxes = self.inboxes
         if len(inboxes) == 1:
             inboxes[0].put(delivery, size)
-            return None
-        routed: dict[int, list[Message]] = {}
-        messages = delivery.batch.messages
-        for message in messages:
-            for inbox in self._route(message):
-                routed.setdefault(inbox.identifier, []).append(message)
-        if not routed:
-            self.unrouted += len(messages)
-            return delivery
-        children = delivery.split(Batch(part, delivery.batch.received) for part in routed.values())
-        share = size // len(children)
-        for identifier, child in zip(routed, children, strict=True):
-            inboxes[identifier - 1].put(child, share)
-        return None
+            return (inboxes[0],)
+        routed: dict[Inbox, list[Message]] = {}
+        for message in delivery.batch.messages:
+            found = self._route(message)
+            for inbox in found:
+                routed.setdefault(inbox, []).append(message)
+            self.unrouted += not found
+        if routed:
+            children = delivery.split(Batch(part, delivery.batch.received) for part in routed.values())
+            share = size // len(children)
+            for inbox, child in zip(routed, children, strict=True):
+                inbox.put(child, share)
+        return tuple(routed)
 
     def _route(self, message: Message) -> tuple[Inbox, ...]:
-        identifiers = message.properties.subscription_ids
-        if identifiers:
-            found = self._by_identifiers.get(identifiers)
-            if found is None:
-                known = [
-                    self.inboxes[one - 1] for one in dict.fromkeys(identifiers) if one <= len(self.inboxes)
-                ]
-                found = tuple(known)
-                _remember(self._by_identifiers, identifiers, found)
-            if found:
-                return found
-        topic = message.topic
-        found = self._by_topic.get(topic)
+        """By topic, which identifiers narrow down: in a session of an earlier run they were given
+        to others. A broker that renames topics is trusted with its identifiers."""
+        topic, identifiers = key = message.topic, message.properties.subscription_ids
+        found = self._routes.get(key)
         if found is None:
-            known = [inbox for inbox in self.inboxes if any(matches(one, topic) for one in inbox.filters)]
-            found = tuple(known)
-            _remember(self._by_topic, topic, found)
+            matching = [inbox for inbox in self.inboxes if any(matches(one, topic) for one in inbox.filters)]
+            meant = [inbox for inbox in self.inboxes if inbox.identifier in identifiers]
+            found = tuple([inbox for inbox in meant if inbox in matching] or matching or meant)
+            if len(self._routes) >= _CACHE_LIMIT:
+                self._routes.clear()
+            self._routes[key] = found
         return found
 
     async def room(self) -> None:
         """Returns when no inbox is full."""
-        for inbox in self.inboxes:
+        for inbox in tuple(self.inboxes):
             await inbox.room()
 
     @property
     def full(self) -> bool:
         return any(inbox.full for inbox in self.inboxes)
-
-    def fail(self, error: ConnectorError) -> None:
-        for inbox in self.inboxes:
-            inbox.fail(error)
-
-
-def _remember(cache: dict[Any, tuple[Inbox, ...]], key: Any, found: tuple[Inbox, ...]) -> None:
-    if len(cache) >= _CACHE_LIMIT:
-        cache.clear()
-    cache[key] = found

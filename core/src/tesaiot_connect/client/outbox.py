@@ -16,6 +16,8 @@ from ..mqtt.reasons import R, words
 
 _SLICE = 1024
 """Messages offered to the engine at a time."""
+_INDEX_BITS = 40
+"""A key is the number of its call, then that many bits of the message's index in it."""
 
 _FIXES = {
     R.NOT_AUTHORIZED: "ask the broker's operator for the right to publish to this topic",
@@ -26,20 +28,24 @@ _FIXES = {
     R.QUOTA_EXCEEDED: "wait, or raise the broker's quota",
 }
 
+Publish = Callable[[Sequence[Message], Sequence[int]], tuple[int, Mapping[int, int]]]
+"""Messages and their keys to how many were taken, and which of them (key to reason code) refused."""
+
 
 class _Call:
-    """One `publish`: keys `start` to `stop` are its messages."""
+    """One `publish`; keys count from `start`."""
 
     def __init__(self, messages: Sequence[Message], start: int) -> None:
         self.messages = messages
         self.start = start
-        self.stop = start + len(messages)
         self.sent = 0
         self.left = len(messages)
         self.failures: dict[int, BaseException] = {}
         self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def finish(self) -> None:
+    def finish(self, count: int) -> None:
+        """So many more are done."""
+        self.left -= count
         if self.left == 0 and not self.done.done():
             if self.failures:
                 self.done.set_exception(PartialDelivery(self.failures))
@@ -48,89 +54,85 @@ class _Call:
 
 
 class Outbox:
-    """Calls in the order they came. `published` counts the messages that are done."""
+    """Calls in the order they came. `published` counts the messages that were taken over."""
 
     def __init__(self) -> None:
         self.published = 0
-        self._next_key = 1
+        self._calls = 0
         self._unsent: deque[_Call] = deque()
-        self._open: deque[_Call] = deque()
+        self._open: dict[int, _Call] = {}
+        """Number to call, of those that are not done."""
 
     def add(self, messages: Sequence[Message]) -> asyncio.Future[None]:
         """The future ends with None or PartialDelivery. Cancel it to take back what is unsent."""
-        call = _Call(messages, self._next_key)
-        self._next_key = call.stop
+        self._calls += 1
+        number = self._calls
+        call = self._open[number] = _Call(messages, number << _INDEX_BITS)
+        call.done.add_done_callback(lambda _: self._open.pop(number, None))
         self._unsent.append(call)
-        self._open.append(call)
         return call.done
 
-    def offer(self, publish: Callable[[Sequence[Message], Sequence[int]], int]) -> None:
-        """Gives messages to an engine's `publish` until it takes no more."""
+    def offer(self, publish: Publish) -> None:
+        """Gives messages to an engine until it takes no more."""
         while self._unsent:
             call = self._unsent[0]
             if call.done.done():
                 self._unsent.popleft()
-                self._close()
                 continue
             part = call.messages[call.sent : call.sent + _SLICE]
             start = call.start + call.sent
-            taken = publish(part, range(start, start + len(part)))
+            keys = range(start, start + len(part))
+            try:
+                taken, refused = publish(part, keys)
+            except Exception as error:  # noqa: BLE001 - a message that is none fails its call, not the client
+                call.done.set_exception(error)
+                continue
+            self._refuse(refused)
             call.sent += taken
-            self._done(call, sum(1 for message in part[:taken] if not message.qos))
+            written = part[:taken]
+            if refused:
+                written = [one for key, one in zip(keys, written, strict=False) if key not in refused]
+            if count := sum(1 for message in written if not message.qos):
+                self.published += count
+                call.finish(count)
             if call.sent == len(call.messages):
                 self._unsent.popleft()
-                self._close()
             if taken < len(part):
                 return
 
     def acknowledged(self, keys: Sequence[int], refused: Mapping[int, int]) -> None:
         """The engine's news: these are taken over, those never will be (key to reason code)."""
-        call: _Call | None = None
+        self.published += len(keys)
+        number = count = 0
         for key in keys:
-            if call is None or not call.start <= key < call.stop:
-                call = self._find(key)
-            if call is not None:
-                self._done(call, 1)
-        for key, reason in refused.items():
-            call = self._find(key)
-            if call is None:
-                continue
-            index = key - call.start
-            message = call.messages[index]
-            call.failures[index] = PublishRefused(
-                f"the broker does not take a message on {message.topic!r}: {words(reason)}",
-                reason_code=reason,
-                fix=_FIXES.get(R(reason), "") if reason in R._value2member_map_ else "",
-            )
-            if message.qos:
-                self._done(call, 1)
-            else:
-                call.finish()
-        self._close()
+            if key >> _INDEX_BITS != number:
+                self._finish(number, count)
+                number, count = key >> _INDEX_BITS, 0
+            count += 1
+        self._finish(number, count)
+        self._refuse(refused)
 
     def fail(self, error: ConnectorError) -> None:
         """Nothing more will be sent."""
-        for call in self._open:
+        for call in self._open.values():
             if not call.done.done():
                 call.done.set_exception(error)
-        self._open.clear()
         self._unsent.clear()
 
-    def _done(self, call: _Call, count: int) -> None:
-        if count:
-            call.left -= count
-            self.published += count
-            if not call.left:
-                call.finish()
+    def _refuse(self, refused: Mapping[int, int]) -> None:
+        for key, reason in refused.items():
+            call = self._open.get(key >> _INDEX_BITS)
+            if call is None:
+                continue
+            index = key - call.start
+            call.failures[index] = PublishRefused(
+                f"the broker does not take a message on {call.messages[index].topic!r}: {words(reason)}",
+                reason_code=reason,
+                fix=_FIXES.get(R(reason), "") if reason in R._value2member_map_ else "",
+            )
+            call.finish(1)
 
-    def _find(self, key: int) -> _Call | None:
-        for call in self._open:
-            if call.start <= key < call.stop:
-                return call
-        return None
-
-    def _close(self) -> None:
-        while self._open and self._open[0].done.done() and self._open[0].sent == len(self._open[0].messages):
-            self._open.popleft()
-        if self._open and self._open[0].done.cancelled():
-            self._open.popleft()
+    def _finish(self, number: int, count: int) -> None:
+        call = self._open.get(number)
+        if call is not None:
+            call.finish(count)

@@ -5,6 +5,7 @@ Owns: which of them share a client. Rule: a client lives while somebody uses it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable
 
@@ -66,9 +67,14 @@ class _Shared:
     def __init__(self) -> None:
         self.client: Client | None = None
         self._users = 0
+        self._free = asyncio.Event()
+        """No client is just leaving: a new one of the same name would take its session from it."""
+        self._free.set()
 
     @contextlib.asynccontextmanager
     async def use(self, make: Callable[[], Client]) -> AsyncIterator[Client]:
+        while not self._free.is_set():
+            await self._free.wait()
         if self.client is None:
             self.client = make()
             await self.client.__aenter__()
@@ -80,4 +86,8 @@ class _Shared:
             self._users -= 1
             if not self._users:
                 self.client = None
-                await client.__aexit__(None, None, None)
+                self._free.clear()
+                try:
+                    await client.__aexit__(None, None, None)
+                finally:
+                    self._free.set()

@@ -7,6 +7,7 @@ it right; everything else is a warning.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path as FilePath
 from typing import Any
 
 from ..client import MqttConnection
@@ -62,8 +63,15 @@ def find_warnings(doc: Document, pipelines: Sequence[PipelineSpec]) -> Iterator[
             fix = "Name it in a source or sink, or remove it"
             yield doc.note(("connections", name), "no source or sink of a pipeline uses it", fix)
     sources = {id(c): c for p in pipelines if (c := _connection(p.source.recipe))}
+    yield from _takeovers(doc, pipelines)
     for pipeline in pipelines:
         for _place, sink in _sinks(pipeline):
+            folder = getattr(getattr(sink.recipe, "path", None), "parent", None)
+            if isinstance(folder, FilePath) and not folder.is_dir():
+                message = f"there is no folder {folder}"
+                yield doc.note(
+                    ("sinks", sink.name, "path"), message, "Make it before the run, or correct the path"
+                )
             connection = _connection(sink.recipe)
             if connection is not None and id(connection) in sources:
                 message = "writes to a connection that is read too: it gets a client id of its own there"
@@ -76,6 +84,24 @@ def find_warnings(doc: Document, pipelines: Sequence[PipelineSpec]) -> Iterator[
             message = "payloads that cannot be decoded are counted, logged and dropped"
             fix = 'To keep them: on_error = "dead_letter" and dead_letter = "<name of a sink>"'
             yield doc.note(("pipelines", pipeline.name), message, fix)
+
+
+def _takeovers(doc: Document, pipelines: Sequence[PipelineSpec]) -> Iterator[Problem]:
+    """Connections that would throw each other out: one client id, at one broker."""
+    used = {place[1] for pipeline in pipelines for place in _used(pipeline) if place[0] == "connections"}
+    first: dict[tuple[str, str], Any] = {}
+    for name, table in doc.data.get("connections", {}).items():
+        client_id = table.get("client_id")
+        if name not in used or not client_id:
+            continue
+        for endpoint in table["endpoints"]:
+            url = str(endpoint["url"] if isinstance(endpoint, dict) else endpoint)
+            other = first.setdefault((client_id, url), name)
+            if other != name:
+                message = f"has the client_id of {other!r}, at the same broker: each throws the other out"
+                fix = "Give each its own, or use one connection"
+                yield doc.note(("connections", name, "client_id"), message, fix)
+                break
 
 
 def _used(pipeline: PipelineSpec) -> Iterator[Path]:

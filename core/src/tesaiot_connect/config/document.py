@@ -7,6 +7,7 @@ the environment is never shown, only the text that was written.
 
 from __future__ import annotations
 
+import ast
 import difflib
 import io
 import os
@@ -68,7 +69,7 @@ class Document:
         """Raises ConfigError when there is no such file, or it is not TOML."""
         file = os.fspath(path)
         try:
-            text = FilePath(file).read_bytes().decode()
+            text = FilePath(file).read_bytes().decode("utf-8-sig")  # some editors begin with a mark
         except UnicodeDecodeError as error:
             raise ConfigError([Problem(file, 0, "", "is not a text in UTF-8", str(error))]) from error
         except OSError as error:
@@ -85,15 +86,13 @@ class Document:
     def note(self, path: Path, message: str, fix: str = "") -> Problem:
         """As `problem`, but only made, not remembered: a warning."""
         path = self._existing(path)
-        file, line = self.file, 0
-        for end in range(len(path), 0, -1):
-            if path[:end] in self._overridden:
-                file = "--set"
-                break
-            if path[:end] in self._lines:
-                line = self._lines[path[:end]]
-                break
-        return Problem(file, line, dotted(path), message, fix)
+        parts = [path[:end] for end in range(len(path), 0, -1)]
+        line = next((self._lines[part] for part in parts if part in self._lines), 0)
+        # a key of the command line, or a table that only such a key has made
+        made = not line and any(one[: len(path)] == path for one in self._overridden if path)
+        if made or any(part in self._overridden for part in parts):
+            return Problem("--set", 0, dotted(path), message, fix)
+        return Problem(self.file, line, dotted(path), message, fix)
 
     def _existing(self, path: Path) -> Path:
         at: Any = self.data
@@ -203,7 +202,7 @@ class Document:
                 return str(text)
             state = "not set" if value is None else "empty"
             reason = f": {text}" if text else ""
-            fix = "Set it in the environment"
+            fix = "Set it in the environment or with --env-file"
             if how is None:
                 fix += f", or give a default: ${{{name}:-value}}"
             self.problem(path, f"the environment variable {name} is {state}{reason}", fix)
@@ -251,7 +250,7 @@ def read_env_file(path: str | os.PathLike[str]) -> dict[str, str]:
 
     file = os.fspath(path)
     try:
-        text = FilePath(file).read_text(encoding="utf-8")
+        text = FilePath(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError([Problem(file, 0, "", f"cannot be read: {reason}", "Check --env-file")]) from error
@@ -288,6 +287,8 @@ def _syntax(file: str, text: str, error: tomllib.TOMLDecodeError) -> Problem:
     if match:
         line = int(match[1]) if match[1] else text.count("\n") + 1
         message = message.replace(match[0], "")
+    if match := re.fullmatch(r"Cannot declare (\(.*\)) twice", message):
+        message = f"Cannot declare [{dotted(ast.literal_eval(match[1]))}] twice"
     twice = "twice" in message or "overwrite" in message or "redefine" in message
     fix = "Rename one, or join them" if twice else "Strings take quotes; each key = value has its own line"
     return Problem(file, line, "", f"not valid TOML: {message}", fix)

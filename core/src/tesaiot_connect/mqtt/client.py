@@ -224,8 +224,8 @@ class ClientEngine:
         self._link.events.append(Suback(packet.packet_id, tuple(packet.codes), text))
 
     def _auth(self, packet: Auth) -> None:
-        method = packet.properties[P.AUTH_METHOD]
-        if method != self.connect.properties.get(P.AUTH_METHOD):
+        method = packet.properties.get(P.AUTH_METHOD)
+        if method is None or method != self.connect.properties.get(P.AUTH_METHOD):
             raise ProtocolError("AUTH with a method that CONNECT did not name", reason_code=R.PROTOCOL_ERROR)
         final = packet.reason_code == R.SUCCESS
         if packet.reason_code == R.RE_AUTHENTICATE or (

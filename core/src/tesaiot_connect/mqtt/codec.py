@@ -156,7 +156,13 @@ def decode_connack(cursor: Cursor, version: int) -> Connack:
     if flags & 0xFE:
         raise malformed("CONNACK sets a reserved flag")
     found: dict[P, Any] = {}
-    if version == V5:
+    if version == V5 and cursor.left() == 1 and cursor.data[cursor.pos]:
+        # a refusal without properties: how a 3.1.1 server says no, and some of MQTT 5 do too
+        raw = cursor.u8()
+        code = FROM_CONNACK_V3.get(raw, raw)
+        if code not in _CONNACK_CODES:
+            raise malformed(f"CONNACK with the undefined reason code 0x{raw:02X}")
+    elif version == V5:
         code = _reason(cursor, _CONNACK_CODES, "CONNACK")
         found = read_properties(cursor, t.CONNACK)
     else:
@@ -290,7 +296,9 @@ def decode_disconnect(cursor: Cursor, version: int) -> Disconnect:
 def decode_auth(cursor: Cursor, version: int) -> Auth:
     if version != V5:
         raise ProtocolError("AUTH does not exist before MQTT 5", reason_code=R.PROTOCOL_ERROR)
-    code = _reason(cursor, _AUTH_CODES, "AUTH") if cursor.left() else 0
+    if not cursor.left():  # section 3.15.2.1 allows it, whom it may help is not said
+        return Auth()
+    code = _reason(cursor, _AUTH_CODES, "AUTH")
     found = read_properties(cursor, t.AUTH) if cursor.left() else {}
     cursor.finish()
     if P.AUTH_METHOD not in found:

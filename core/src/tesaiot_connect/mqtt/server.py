@@ -190,11 +190,11 @@ class ServerEngine:
             self._link.events.append(ConnectRequest(connect))
 
     def _auth(self, packet: Auth) -> None:
-        method = packet.properties[P.AUTH_METHOD]
+        method = packet.properties.get(P.AUTH_METHOD)
         assert self.connect is not None
         code = packet.reason_code
         fits = self._link.ready if code == R.RE_AUTHENTICATE else self._challenged and code != R.SUCCESS
-        if method != self.connect.properties.get(P.AUTH_METHOD) or not fits:
+        if method is None or method != self.connect.properties.get(P.AUTH_METHOD) or not fits:
             raise ProtocolError(
                 "AUTH with a method or reason that does not fit", reason_code=R.PROTOCOL_ERROR
             )

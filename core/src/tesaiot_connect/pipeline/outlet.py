@@ -193,6 +193,10 @@ class Outlet:
 
     async def _part(self, items: Items, partial: PartialDelivery) -> tuple[Items, BaseException | None]:
         """What is left to try again, and why; nothing is left if all failures are permanent."""
+        if strangers := partial.failures.keys() - set(range(size(items))):
+            wrong = IndexError(f"it reports failures of what it was not given: {list(strangers)[:3]}")
+            wrong.__cause__ = partial
+            return items, wrong
         final = {i: e for i, e in partial.failures.items() if isinstance(e, PERMANENT)}
         again = sorted(partial.failures.keys() - final.keys())
         self._stats.written += size(items) - len(partial.failures)
@@ -208,16 +212,22 @@ class Outlet:
         payloads: list[bytes]
         try:
             payloads = encode([record.value for record in records])
-        except PayloadError:
+            whole = len(payloads) == len(records)
+        except Exception:  # noqa: BLE001 - found one by one below
+            whole = False
+        if not whole:
             payloads, kept, failures = [], [], []
             for record in records:
                 try:
-                    payloads += encode([record.value])
-                    kept.append(record)
-                except PayloadError as error:
+                    (payload,) = encode([record.value])
+                except Exception as error:  # noqa: BLE001 - a serializer of anybody's
                     failures.append((record.message, record.time, error))
+                else:
+                    payloads.append(payload)
+                    kept.append(record)
             records = kept
-            self._stats.refused += await self._account(failures)
+            if failures:
+                self._stats.refused += await self._account(failures)
         messages = [
             Message(record.route.topic, payload, was.qos, was.retain, was.properties)
             for record, payload in zip(records, payloads, strict=True)

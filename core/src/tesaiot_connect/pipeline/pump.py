@@ -21,7 +21,7 @@ import attrs
 import msgspec
 
 from ..backoff import Backoff
-from ..errors import EndOfInput
+from ..errors import EndOfInput, PayloadError
 from ..message import Batch, Delivery, Message, Record, Route, Undecodable
 from ..protocols import RawSerializer, Reader
 from .outlet import PERMANENT, Failure, Outlet, Persistence, Ready, Worker, explain, traceback_of
@@ -314,7 +314,7 @@ class Pump:
 
     async def _records(self, batch: Batch, payloads: list[bytes]) -> list[Record]:
         """The decodable messages; the others are given up."""
-        values = self._decode(payloads)
+        values = self._decoded(payloads)
         records = self._routes.records(batch.messages, batch.received, values)
         if Undecodable in set(map(type, values)):
             bad = [record for record in records if type(record.value) is Undecodable]
@@ -322,6 +322,20 @@ class Pump:
             self._stats.undecodable += len(bad)
             await self._lose([(record.message, record.time, record.value.error) for record in bad])
         return records
+
+    def _decoded(self, payloads: list[bytes]) -> list[Any]:
+        """A value for each payload, whatever the serializer does."""
+        try:
+            values = self._decode(payloads)
+        except Exception as failure:  # noqa: BLE001 - a serializer of anybody's
+            error: Exception = failure
+        else:
+            if len(values) == len(payloads):
+                return values
+            error = PayloadError(f"the serializer made {len(values)} values of {len(payloads)} payloads")
+        if len(payloads) == 1:
+            return [Undecodable(error, payloads[0])]
+        return [value for payload in payloads for value in self._decoded([payload])]
 
     async def _processed(self, records: list[Record], attempts: int = 0) -> list[Record]:
         """The records to go on with. A step that raises is treated as a sink that fails: tried
@@ -372,11 +386,17 @@ class Pump:
             raise RuntimeError("the process step was cancelled from within") from error
         if strangers := set(map(type, out)) - {Record}:
             raise TypeError(f"the process step must return records, it returned a {strangers.pop().__name__}")
+        for name, kind in (("route", Route), ("message", Message)):
+            if strangers := {type(getattr(record, name)) for record in out} - {kind}:
+                raise TypeError(
+                    f"the process step must return records whose {name} is a {kind.__name__}, "
+                    f"it returned one with a {strangers.pop().__name__}"
+                )
         return out
 
     def _again(self, originals: Sequence[tuple[Message, float]]) -> list[Record]:
         """Fresh records: the step may have changed those it was given before it raised."""
-        values = self._decode([message.payload for message, _ in originals])
+        values = self._decoded([message.payload for message, _ in originals])
         return [
             Record(self._routes.route(message.topic), received, value, message)
             for (message, received), value in zip(originals, values, strict=True)
@@ -430,7 +450,8 @@ class Pump:
     def _letter(self, message: Message, received: float, error: BaseException) -> Record:
         """A dead letter: a record with the message's topic and time; where the sink takes
         messages, these two are in the value as well."""
-        value: dict[str, Any] = {"pipeline": self._stats.name, "error": explain(error)}
+        reason = explain(error).encode(errors="backslashreplace").decode()
+        value: dict[str, Any] = {"pipeline": self._stats.name, "error": reason}
         if self._spec.dead_letter is not None and self._spec.dead_letter.recipe.reads == "messages":
             value |= {"topic": message.topic, "time": received}
         try:

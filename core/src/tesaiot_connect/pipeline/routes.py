@@ -97,6 +97,10 @@ class TopicFields:
         return fields
 
 
+_LONG = 512
+"""Characters beyond which a topic is not worth remembering; with the limit, the bound on the memory."""
+
+
 class Routes:
     """The routes of the topics seen lately."""
 
@@ -129,8 +133,8 @@ class Routes:
         known = self._known
         if len(known) + len(wanted) > self._limit:
             known.clear()
-            if len(wanted) > self._limit:
-                known = {}
+        if len(wanted) > self._limit or max(map(len, wanted)) > _LONG:
+            known = {topic: known[topic] for topic in wanted & known.keys()}
         for topic in wanted - known.keys():
             known[topic] = Route(topic, self._fields.match(topic) if self._fields else {})
         return known

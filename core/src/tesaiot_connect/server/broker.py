@@ -15,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import attrs
+import msgspec
 
 from ..errors import ConnectorError
 from ..message import Message
@@ -95,7 +96,13 @@ class Broker:
         async with AsyncExitStack() as stack:
             if store is not None:
                 stack.push_async_callback(store.aclose)
-            self._hub = hub = Hub(self.options, store, rows, clock=self._clock, wake=wake.set)
+            try:
+                self._hub = hub = Hub(self.options, store, rows, clock=self._clock, wake=wake.set)
+            except (msgspec.MsgspecError, LookupError, TypeError, ValueError) as error:
+                raise ConnectorError(
+                    f"the state file {self.options.state_file} holds what cannot be read: {error}",
+                    fix="put a copy of it in its place, or move it away to start empty",
+                ) from error
             stack.callback(self._forget)
             hub.tick()
             housekeeping = asyncio.create_task(self._housekeeping(hub, wake))

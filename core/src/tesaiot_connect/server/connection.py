@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, cast
 
 from ..errors import Disconnected, Refused
@@ -36,7 +36,9 @@ from ..mqtt.server import ServerEngine
 from ..protocols import Authenticator, ByteStream, Challenge, Connection, Credentials, Peer, Principal
 from .access import Anybody
 from .hub import Hub
-from .sessions import ClientSession, Outbox
+from .outbox import Outbox
+from .router import Filter
+from .sessions import ClientSession
 
 log = logging.getLogger(__name__)
 
@@ -168,10 +170,12 @@ class ClientConnection:
         tasks.create_task(self._write(stream_id, outlet))
 
     async def _read(self, stream_id: int, stream: ByteStream) -> None:
-        engine, loop = self._engine, self._loop
+        engine, loop, store = self._engine, self._loop, self._hub.store
         while not self._closed.is_set() and stream_id in self._outlets:
             if self._must_wait():
-                await self._until_room()
+                await self._holding_back(self._until_room())
+            if store is not None and store.behind:
+                await self._holding_back(store.commit())
             try:
                 data = await stream.receive(_CHUNK)
             except Disconnected:
@@ -208,15 +212,9 @@ class ClientConnection:
 
     async def _until_room(self) -> None:
         """Hold the client back while its messages are not safe, or it does not read our answers."""
-        self._paused += 1
-        try:
-            while self._must_wait() and not self._closed.is_set():
-                self._room.clear()
-                await self._room.wait()
-        finally:
-            self._paused -= 1
-        # silence that we imposed does not count against the keepalive
-        await self._handle(self._engine.receive_data(b"", now=self._loop.time()))
+        while self._must_wait() and not self._closed.is_set():
+            self._room.clear()
+            await self._room.wait()
 
     def _must_wait(self) -> bool:
         options = self._hub.options
@@ -364,7 +362,7 @@ class ClientConnection:
         if session.link is not self:
             return
         log.info(
-            "client %s connected from %s over %s",
+            "client %r connected from %s over %s",
             session.client_id, self.peer.address, self.peer.transport,
         )  # fmt: skip
         self._engine.accept(
@@ -447,13 +445,31 @@ class ClientConnection:
         await self._on_disk(outbox)
         self._engine.suback(event, codes)
         self._flush()
-        if self._outbox(event.stream) is outbox:
-            self._hub.send_retained(outbox, wanting)
+        if wanting:
+            await self._holding_back(self._send_retained(event.stream, outbox, wanting))
+
+    async def _send_retained(self, stream: int, outbox: Outbox, wanting: Sequence[Filter]) -> None:
+        if self._outbox(stream) is not outbox:
+            return
+        for _ in self._hub.send_retained(outbox, wanting):
+            await asyncio.sleep(0)
+            if self._outbox(stream) is not outbox:
+                return
 
     async def _on_disk(self, outbox: Outbox) -> None:
         """A change of a durable session's subscriptions is promised only once it is on disk."""
-        if self._hub.store is not None and outbox.session.durable and outbox.stream == 0:
-            await self._hub.store.commit()
+        if outbox.session.durable and outbox.stream == 0:
+            assert self._hub.store is not None
+            await self._holding_back(self._hub.store.commit())
+
+    async def _holding_back(self, wait: Awaitable[None]) -> None:
+        """While the client is not read: silence that we impose does not count against the keepalive."""
+        self._paused += 1
+        try:
+            await wait
+        finally:
+            self._paused -= 1
+        await self._handle(self._engine.receive_data(b"", now=self._loop.time()))
 
     def _outbox(self, stream: int, *, create: bool = False) -> Outbox | None:
         session = self.session
@@ -478,7 +494,7 @@ class ClientConnection:
         session = self.session
         if session is not None and session.link is self:
             reason = "" if event is None else event.text or words(event.reason_code or 0)
-            log.info("client %s disconnected: %s", session.client_id, reason or "connection lost")
+            log.info("client %r disconnected: %s", session.client_id, reason or "connection lost")
             properties: Mapping[P, Any] = event.properties if event is not None and event.by_peer else {}
             self._hub.disconnected(
                 session,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import logging
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -22,16 +22,22 @@ from ..mqtt.reasons import R
 from ..mqtt.topics import split_shared
 from ..protocols import Principal
 from .options import BrokerOptions, allows, covers
+from .outbox import Link, Outbox, Usage, expiry, levels, remaining
 from .retained import Retained
-from .router import Filter, Router, Target
-from .sessions import ClientSession, Link, Outbox, Sessions, Usage, expiry, remaining
+from .router import Filter, Group, Router, Target
+from .sessions import ClientSession, Sessions
 from .store import Rows, Store, unpack
 
 log = logging.getLogger(__name__)
 
 _NEVER = 0xFFFFFFFF
 _LEVELS = 200
-"""Levels of a filter or a retained topic: each one costs a node of a trie."""
+"""Levels of a filter or a retained topic: each one costs a node of a trie, and may cost a step of
+the search for the subscribers of each message."""
+_STEP = 500
+"""Retained messages that are sent before others have their turn."""
+_AVERAGE = 10
+"""Levels that a filter may have on average where the number of subscriptions is at its bound."""
 
 
 class Hub:
@@ -95,7 +101,7 @@ class Hub:
                 reason_code=R.CLIENT_IDENTIFIER_NOT_VALID,
             )
         if session is not None and session.link is not None:
-            log.info("client %s connected again: its earlier connection ends", client_id)
+            log.info("client %r connected again: its earlier connection ends", client_id)
             earlier = session.link
             self.disconnected(session, earlier)
             earlier.disconnect(R.SESSION_TAKEN_OVER, "another connection with the same client identifier")
@@ -131,11 +137,9 @@ class Hub:
         if expiry is not None and seconds:
             seconds = int(min(expiry, self.options.max_session_expiry))
         session.outbox.disconnected()
-        for topic_filter in [one for one in session.outbox.filters if seconds and one.startswith("$share/")]:
-            group = self.router.group(topic_filter)
-            other = group.pick(session.outbox) if group else None
-            if other is not None and other.subscriber.online:
-                self._requeue(session.outbox, topic_filter, sent=False)
+        if seconds:
+            shared = [one for one in session.outbox.filters if one.startswith("$share/")]
+            self._requeue(session.outbox, shared, sent=False, online=True)
         will = None if orderly else session.will
         due = None if will is None else now + min(will.delay, seconds)
         self.sessions.set_will(session, will, due=due)
@@ -175,7 +179,7 @@ class Hub:
             if session is None or session.link is not None:
                 continue
             if session.expires_at is None or session.expires_at <= now:
-                log.info("the session of %s expired", session.client_id)
+                log.info("the session of %r expired", session.client_id)
                 self.end(session)
             else:
                 self._settle_will(session, now)
@@ -250,15 +254,14 @@ class Hub:
         for asked in packet.subscriptions:
             refusal = self._refusal(outbox.session, principal, asked.topic_filter)
             if not refusal and asked.topic_filter not in outbox.filters:
-                count = sum(len(box.filters) for box in outbox.session.outboxes.values())
-                refusal = R.QUOTA_EXCEEDED if count >= self.options.max_subscriptions else 0
+                refusal = self._no_room(outbox.session, asked.topic_filter)
             if refusal:
                 codes.append(refusal)
                 continue
             qos = min(asked.qos, self.options.maximum_qos)
             subscription = Filter(msgspec.structs.replace(asked, qos=qos), identifier)
             new = self.router.add(outbox, subscription)
-            outbox.filters[asked.topic_filter] = subscription
+            outbox.add_filter(subscription)
             if outbox.stream == 0:
                 self.sessions.save_subscription(outbox.session, subscription)
             if asked.retain_handling == 0 or (asked.retain_handling == 1 and new):
@@ -266,21 +269,31 @@ class Hub:
             codes.append(qos)
         return codes, wanting
 
-    def send_retained(self, outbox: Outbox, subscriptions: Sequence[Filter]) -> None:
-        """The retained messages that match (MQTT 5 section 3.3.1.3); none for shared subscriptions."""
-        now = self.clock()
+    def send_retained(self, outbox: Outbox, subscriptions: Sequence[Filter]) -> Iterator[None]:
+        """Send the retained messages that match (MQTT 5 section 3.3.1.3); none for shared subscriptions.
+
+        Each step sends some. Between two steps anything may happen: a message that is not the one
+        of its topic any more is left out, since the subscriber got the newer one.
+        """
         for options, identifier in subscriptions:
             group, topic_filter = split_shared(options.topic_filter)
             if group is not None:
                 continue
-            found: list[Message] = []
-            for message, expires_at in self.retained.matching(topic_filter, now):
-                if expires_at is not None:
-                    message = remaining(message, expires_at, now)
-                ids = (identifier,) if identifier else ()
-                found.append(_changed(message, min(message.qos, options.qos), True, ids))
-            if found:
-                outbox.deliver(found, now, keep_qos0=True)
+            ids = (identifier,) if identifier else ()
+            matching = self.retained.matching(topic_filter, self.clock())
+            for start in range(0, len(matching), _STEP):
+                now = self.clock()
+                found: list[Message] = []
+                for message, expires_at in matching[start : start + _STEP]:
+                    if not self.retained.current(message):
+                        continue
+                    qos = min(message.qos, options.qos)
+                    if expires_at is not None:
+                        message = remaining(message, expires_at, now)
+                    found.append(_changed(message, qos, True, ids))
+                if found:
+                    outbox.deliver(found, now, keep_qos0=True)
+                yield
 
     def unsubscribe(self, outbox: Outbox, packet: Unsubscribe) -> list[int]:
         return [
@@ -307,41 +320,58 @@ class Hub:
             return R.UNSPECIFIED_ERROR
         return 0 if principal.may_subscribe(split_shared(topic_filter)[1]) else R.NOT_AUTHORIZED
 
+    def _no_room(self, session: ClientSession, topic_filter: str) -> int:
+        options, more = self.options, levels(topic_filter)
+        boxes = session.outboxes.values()
+        if (
+            sum(len(box.filters) for box in boxes) >= options.max_subscriptions
+            or sum(box.levels for box in boxes) + more > _LEVELS + _AVERAGE * options.max_subscriptions
+            or len(self.router) >= options.max_total_subscriptions
+            or self.usage.levels + more > _LEVELS + _AVERAGE * options.max_total_subscriptions
+        ):
+            return R.QUOTA_EXCEEDED
+        return 0
+
     def _drop_filter(self, outbox: Outbox, topic_filter: str) -> bool:
-        if outbox.filters.pop(topic_filter, None) is None:
+        if not outbox.remove_filter(topic_filter):
             return False
         self.router.remove(outbox, topic_filter)
         if outbox.stream == 0:
             self.sessions.forget_subscription(outbox.session, topic_filter)
         if topic_filter.startswith("$share/"):
-            self._requeue(outbox, topic_filter, sent=False)
+            self._requeue(outbox, [topic_filter], sent=False)
         return True
 
     def _close(self, outbox: Outbox) -> None:
         """The outbox gets nothing any more; what it got by turns goes to other members."""
         filters = list(outbox.filters)
-        outbox.filters.clear()
         for topic_filter in filters:
+            outbox.remove_filter(topic_filter)
             self.router.remove(outbox, topic_filter)
-        for topic_filter in filters:
-            if topic_filter.startswith("$share/"):
-                self._requeue(outbox, topic_filter, sent=True)
+        self._requeue(outbox, [one for one in filters if one.startswith("$share/")], sent=True)
         outbox.discard()
 
-    def _requeue(self, outbox: Outbox, topic_filter: str, *, sent: bool) -> None:
-        """Give what waits for one member of a shared subscription to the others, if there are any."""
-        group = self.router.group(topic_filter)
-        if group is None or group.pick(outbox) is None:
+    def _requeue(self, outbox: Outbox, filters: Sequence[str], *, sent: bool, online: bool = False) -> None:
+        """Give what waits for one member of shared subscriptions to the others, if there are any
+        (and, with `online`, one of them is connected)."""
+        groups: dict[str, Group[Outbox]] = {}
+        for topic_filter in filters:
+            group = self.router.group(topic_filter)
+            other = group.pick(outbox) if group is not None else None
+            if group is not None and other is not None and (other.subscriber.online or not online):
+                groups[topic_filter] = group
+        if not groups:
             return
         now = self.clock()
-        for entry in outbox.take_shared(topic_filter, sent=sent):
-            target = group.pick(outbox)
+        for entry in outbox.take_shared(groups.keys(), sent=sent):
+            assert entry.shared is not None
+            target = groups[entry.shared].pick(outbox)
             if target is not None:
                 message = entry.message
                 if entry.expires_at is not None:
                     message = remaining(message, entry.expires_at, now)
                 message = _changed(message, min(message.qos, target.qos), message.retain, target.identifiers)
-                target.subscriber.deliver([message], now, shared=topic_filter)
+                target.subscriber.deliver([message], now, shared=entry.shared)
 
     def _settle_will(self, session: ClientSession, now: float) -> None:
         will = session.will

@@ -47,7 +47,10 @@ class BrokerOptions:
     """The longest a session is kept without its client; what 3.1.1 clients get that do not ask for a
     clean session."""
     max_subscriptions: int = attrs.field(default=1000, validator=_at_least_one)
-    """Per client; each one beyond is refused with quota exceeded (0x97)."""
+    """Per client; each one beyond is refused with quota exceeded (0x97), and so is one that brings
+    the levels of the client's filters together beyond ten times this number."""
+    max_total_subscriptions: int = attrs.field(default=1_000_000, validator=_at_least_one)
+    """Of all clients together, likewise."""
     max_keepalive: Duration = attrs.field(default=Duration(0), validator=_not_negative)
     """MQTT 5 clients that ask for more, or for none, are told to use this. 0: they get what they ask for."""
     connect_timeout: Duration = attrs.field(default=Duration(10), validator=attrs.validators.gt(Duration(0)))

@@ -1,7 +1,7 @@
 """Retained messages: the last one of each topic.
 
 Owns: the trie they are found in, their bounds and their expiry. Rule: expired messages are never
-given out, and go when somebody comes across them.
+given out, and go with the next `expire`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..message import Message
-from .sessions import footprint
+from .outbox import footprint
+
+_NODE = 300
+"""Bytes of memory a level of a topic costs where no other topic shares it, measured roughly."""
 
 
 class Retained:
@@ -30,7 +33,8 @@ class Retained:
         one before stays then."""
         old = self._entries.get(message.topic)
         size = footprint(message)
-        grown = size - (old.size if old else 0)
+        new = 0 if old else self._root.missing(message.topic)
+        grown = size - (old.size if old else 0) + new * _NODE
         if (old is None and len(self._entries) >= self._max_messages) or (
             grown > 0 and self.bytes + grown > self._max_bytes
         ):
@@ -57,22 +61,21 @@ class Retained:
             if child.children or child.message is not None:
                 break
             del parent.children[level]
+            self.bytes -= _NODE
         return True
+
+    def current(self, message: Message) -> bool:
+        """Whether this very message is still the one of its topic."""
+        node = self._entries.get(message.topic)
+        return node is not None and node.message is message
 
     def matching(self, topic_filter: str, now: float) -> list[tuple[Message, float | None]]:
         """The messages, with their expiry, whose topics match a valid, unshared filter."""
-        found: list[tuple[Message, float | None]] = []
-        expired: list[str] = []
-        for node in self._find(topic_filter):
-            if node.message is None:
-                continue
-            if node.expires_at is not None and node.expires_at <= now:
-                expired.append(node.message.topic)
-            else:
-                found.append((node.message, node.expires_at))
-        for topic in expired:
-            self.remove(topic)
-        return found
+        return [
+            (node.message, node.expires_at)
+            for node in self._find(topic_filter)
+            if node.message is not None and (node.expires_at is None or node.expires_at > now)
+        ]
 
     def expire(self, now: float) -> list[str]:
         """Let go of everything that is over; gives the topics."""
@@ -112,6 +115,17 @@ class _Node:
         self.message: Message | None = None
         self.expires_at: float | None = None
         self.size = 0
+
+    def missing(self, topic: str) -> int:
+        """How many levels of the topic have no node yet."""
+        node = self
+        levels = topic.split("/")
+        for index, level in enumerate(levels):
+            child = node.children.get(level)
+            if child is None:
+                return len(levels) - index
+            node = child
+        return 0
 
     def descend(self, topic: str) -> _Node:
         node = self

@@ -14,7 +14,9 @@ from ..mqtt.topics import split_shared
 
 _CACHE_TOPICS = 20_000
 _CACHE_LENGTH = 500
-"""Characters of a topic worth remembering; together the bounds on the cache's memory."""
+_CACHE_TARGETS = 2_000_000
+"""Topics remembered, characters of one that is worth it, and targets of all of them: together the
+bounds on the cache's memory."""
 
 
 class Subscriber(Protocol):
@@ -48,6 +50,13 @@ class Target(NamedTuple, Generic[S]):
     retain: bool
     """Whether a filter keeps the retain flag as published."""
     identifiers: tuple[int, ...]
+
+
+class Member(NamedTuple, Generic[S]):
+    """One subscription, and the target that it is where no other one of the subscriber matches."""
+
+    filter: Filter
+    target: Target[S]
 
 
 class Group(Generic[S]):
@@ -105,7 +114,7 @@ class _Node(Generic[S]):
 
     def __init__(self) -> None:
         self.children: dict[str, _Node[S]] = {}
-        self.subscribers: dict[S, Filter] = {}
+        self.subscribers: dict[S, Member[S]] = {}
         self.groups: dict[str, Group[S]] = {}
 
 
@@ -115,6 +124,7 @@ class Router(Generic[S]):
     def __init__(self) -> None:
         self._root: _Node[S] = _Node()
         self._cache: dict[str, Match[S]] = {}
+        self._cached_targets = 0
         self._count = 0
 
     def __len__(self) -> int:
@@ -131,7 +141,7 @@ class Router(Generic[S]):
             node = child
         if group_name is None:
             new = subscriber not in node.subscribers
-            node.subscribers[subscriber] = subscription
+            node.subscribers[subscriber] = Member(subscription, _target(subscriber, [subscription]))
         else:
             group = node.groups.get(group_name)
             if group is None:
@@ -188,17 +198,21 @@ class Router(Generic[S]):
         found = self._cache.get(topic)
         if found is None:
             found = self._match(topic)
-            if len(topic) <= _CACHE_LENGTH:
-                if len(self._cache) >= _CACHE_TOPICS:
+            size = len(found.targets) + len(found.groups)
+            if len(topic) <= _CACHE_LENGTH and size <= _CACHE_TARGETS // 10:
+                if len(self._cache) >= _CACHE_TOPICS or self._cached_targets + size > _CACHE_TARGETS:
                     self._cache.clear()
+                    self._cached_targets = 0
                 self._cache[topic] = found
+                self._cached_targets += size
         return found
 
     def _forget(self, topic_filter: str) -> None:
         if "+" in topic_filter or "#" in topic_filter:
             self._cache.clear()
-        else:
-            self._cache.pop(topic_filter, None)
+            self._cached_targets = 0
+        elif (old := self._cache.pop(topic_filter, None)) is not None:
+            self._cached_targets -= len(old.targets) + len(old.groups)
 
     def _match(self, topic: str) -> Match[S]:
         nodes = [self._root]
@@ -217,22 +231,28 @@ class Router(Generic[S]):
             ends.append(node)
             if (rest := node.children.get("#")) is not None:
                 ends.append(rest)
-        matched: dict[S, list[Filter]] = {}
+        matched: dict[S, Member[S]] = {}
+        several: dict[S, list[Filter]] = {}
         groups: list[Group[S]] = []
         for node in ends:
-            for subscriber, subscription in node.subscribers.items():
-                matched.setdefault(subscriber, []).append(subscription)
             groups += node.groups.values()
-        no_local: dict[S, Target[S] | None] = {}
-        for subscriber, filters in matched.items():
-            own = [subscription for subscription in filters if not subscription.options.no_local]
+            if not matched:
+                matched = node.subscribers.copy()
+                continue
+            for subscriber, member in node.subscribers.items():
+                first = matched.setdefault(subscriber, member)
+                if first is not member:
+                    several.setdefault(subscriber, [first.filter]).append(member.filter)
+        no_local: dict[S, Target[S] | None] = {
+            member.target.subscriber: None for member in matched.values() if member.filter.options.no_local
+        }
+        for subscriber, filters in several.items():
+            matched[subscriber] = Member(filters[0], _target(subscriber, filters))
+            own = [one for one in filters if not one.options.no_local]
             if len(own) < len(filters):
                 no_local[subscriber] = _target(subscriber, own) if own else None
-        return Match(
-            tuple(_target(subscriber, filters) for subscriber, filters in matched.items()),
-            tuple(groups),
-            no_local,
-        )
+        targets = [member.target for member in matched.values()]
+        return Match(tuple(targets), tuple(groups), no_local)
 
 
 def _target(subscriber: S, filters: list[Filter]) -> Target[S]:

@@ -1,7 +1,8 @@
 """The state file: sessions, queues, wills and retained messages in SQLite.
 
-Owns: the file, its one writer thread and group commit. Rule: while one commit runs the next
-batch gathers; whoever waits hears of it when everything written before is on disk.
+Owns: the file, its one writer thread and group commit. Rules: while one commit runs the next
+batch gathers; whoever waits hears of it when everything written before is on disk. What one turn
+of the event loop writes is in one transaction, so a crash leaves all of it or nothing.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import queue
 import sqlite3
 import threading
 from collections.abc import Callable
@@ -41,6 +43,8 @@ _LAZY = 0.25
 """Seconds that work nobody waits for may gather."""
 _RETRY = 1.0
 """Seconds between attempts while the disk refuses."""
+_BEHIND = 50_000
+"""Rows and statements that may wait, beside those that acknowledgements wait for."""
 
 _Packed = tuple[str, bytes, int, bool, Properties | None]
 _encode = msgspec.msgpack.Encoder().encode
@@ -104,9 +108,11 @@ class Store:
         self._loop = asyncio.get_running_loop()
         self._batch = _Batch()
         self._writing = False
-        self._lock = threading.Condition()
-        self._wake = False
-        self._closing = False
+        self._wanted = False
+        self._work: queue.SimpleQueue[_Batch | None] = queue.SimpleQueue()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._closing = threading.Event()
         self._timer: asyncio.TimerHandle | None = None
         self._thread = threading.Thread(target=self._write, name="tesaiot-connect state file")
         self.commits = 0
@@ -119,10 +125,9 @@ class Store:
         try:
             database, rows = await asyncio.to_thread(_open, path, synchronous)
         except sqlite3.Error as error:
-            fix = (
-                "another broker has it open: stop that one, or choose another state_file"
-                if "locked" in str(error)
-                else "check the path and its permissions, or move the file away to start empty"
+            fix = next(
+                (words for part, words in _FIXES.items() if part in str(error)),
+                "check the path and its permissions, or move the file away to start empty",
             )
             raise ConnectorError(f"the state file {path} cannot be opened: {error}", fix=fix) from error
         store = cls(database, path)
@@ -131,8 +136,7 @@ class Store:
 
     def execute(self, statement: str, *parameters: Any) -> None:
         """Queue one statement; statements keep their order."""
-        with self._lock:
-            self._batch.statements.append((statement, parameters))
+        self._batch.statements.append((statement, parameters))
         self._soon()
 
     def put(
@@ -140,31 +144,32 @@ class Store:
     ) -> None:
         """Queue a row of the queue table; `when_committed` or `commit` starts the writing."""
         row = (key, client_id, expires_at, shared, pack(message))
-        with self._lock:
-            self._batch.puts[key] = row
+        self._batch.puts[key] = row
         self._soon()
 
     def delete(self, key: int) -> None:
         """A row of the queue is not needed any more. One that was not written yet never will be."""
-        with self._lock:
-            if self._batch.puts.pop(key, None) is None:
-                self._batch.deletes.append((key,))
+        if self._batch.puts.pop(key, None) is None:
+            self._batch.deletes.append((key,))
         self._soon()
 
     def retain(self, topic: str, expires_at: float | None, message: Message | None) -> None:
         """The topic's retained message, None for none any more. Only the last one before a commit
         is written, so a flood of them costs no memory."""
-        with self._lock:
-            self._batch.retained[topic] = None if message is None else (topic, expires_at, pack(message))
+        self._batch.retained[topic] = None if message is None else (topic, expires_at, pack(message))
         self._soon()
 
     def when_committed(self, callback: Callable[[], None]) -> None:
         """Call back, on the loop, when everything queued so far is on disk."""
-        with self._lock:
-            self._batch.waiting.append(callback)
-            self._wake = True
-            if not self._writing:
-                self._lock.notify()
+        self._batch.waiting.append(callback)
+        if not self._wanted:
+            self._wanted = True
+            self._loop.call_soon(self._hand_over)
+
+    @property
+    def behind(self) -> bool:
+        """Whether so much waits to be written that those who cause more should wait, too."""
+        return len(self._batch.statements) + len(self._batch.retained) > _BEHIND
 
     async def commit(self) -> None:
         """Return when everything queued so far is on disk."""
@@ -174,11 +179,16 @@ class Store:
 
     async def aclose(self) -> None:
         """Write what is left and close. Raises ConnectorError if it could not be written."""
-        if self._timer is not None:
-            self._timer.cancel()
-        with self._lock:
-            self._closing = True
-            self._lock.notify()
+        self._closing.set()
+        try:
+            while self._batch or self._writing:
+                self._wanted = True
+                self._hand_over()
+                await self._idle.wait()
+        finally:
+            self._work.put(None)
+            if self._timer is not None:
+                self._timer.cancel()
         await asyncio.to_thread(self._thread.join)
         if self.error is not None:
             raise ConnectorError(
@@ -192,55 +202,66 @@ class Store:
 
     def _due(self) -> None:
         self._timer = None
-        with self._lock:
-            self._wake = True
-            self._lock.notify()
+        self._wanted = True
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give the batch to the writer, between two turns of whoever fills it."""
+        if self._wanted and not self._writing and self._batch:
+            self._wanted = False
+            self._writing = True
+            self._idle.clear()
+            batch, self._batch = self._batch, _Batch()
+            self._work.put(batch)
+
+    def _written(self, batch: _Batch, error: str | None) -> None:
+        """The writer is done with a batch, on the loop. With an error: it has given up."""
+        self._writing = False
+        self._idle.set()
+        if error is None:
+            self.commits += 1
+            for callback in batch.waiting:
+                try:
+                    callback()
+                except Exception:
+                    log.exception("what waited for the state file failed")
+            self._hand_over()
+        else:
+            self._batch = _Batch()
 
     def _write(self) -> None:
         """The writer thread."""
-        while True:
-            with self._lock:
-                self._writing = False
-                while not (self._wake or self._closing):
-                    self._lock.wait()
-                batch, self._batch = self._batch, _Batch()
-                self._wake = False
-                self._writing = True
-                closing = self._closing
-            if batch and not self._run(batch):
-                break
-            if closing and not self._batch:
-                break
+        while (batch := self._work.get()) is not None:
+            error = self._run(batch)
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._written, batch, error)
         with contextlib.suppress(sqlite3.Error):
             self._database.close()
 
-    def _run(self, batch: _Batch) -> bool:
-        """Whether the batch was written; tried for ever unless the store is closing."""
+    def _run(self, batch: _Batch) -> str | None:
+        """Write it, and try for ever unless the store is closing: the error then."""
         while True:
             try:
                 batch.run(self._database)
-            except sqlite3.Error as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, nothing was written
                 if self.error is None:
                     log.error("the state file %s cannot be written: %s; trying again", self._path, error)
-                self.error = str(error)
-                with self._lock:
-                    if self._closing:
-                        return False
-                    self._lock.wait_for(lambda: self._closing, timeout=_RETRY)
+                self.error = str(error) or type(error).__name__
+                if self._closing.is_set():
+                    return self.error
+                self._closing.wait(_RETRY)
                 continue
             if self.error is not None:
                 log.info("the state file %s is written again", self._path)
                 self.error = None
-            self.commits += 1
-            if batch.waiting:
-                with contextlib.suppress(RuntimeError):
-                    self._loop.call_soon_threadsafe(_call, batch.waiting)
-            return True
+            return None
 
 
-def _call(callbacks: list[Callable[[], None]]) -> None:
-    for callback in callbacks:
-        callback()
+_FIXES = {
+    "locked": "another broker has it open: stop that one, or choose another state_file",
+    "full": "free space on its disk",
+    "has format": "run the release that wrote it, or move the file away to start empty",
+}
 
 
 def _open(path: str, synchronous: str) -> tuple[sqlite3.Connection, Rows]:
