@@ -259,6 +259,23 @@ def test_once_ends_when_nothing_comes_for_a_while() -> None:
     within_60_s(main)
 
 
+def test_time_without_a_connection_is_not_time_without_messages() -> None:
+    async def main() -> None:
+        network, sink = Network(), MemorySink()
+        spec = source(network, idle_timeout=Duration(1))
+        async with Broker().serving([ListenerSpec("pair", network.transport())]):
+            async with client(network, "writer") as writer:
+                await writer.publish([Message("t/kept", b"7", 1, retain=True)])
+            task = asyncio.create_task(run([pipeline(spec, sink)]))
+            await until(lambda: values(sink) == [7] or task.done())
+        done, _ = await asyncio.wait({task}, timeout=1.5)  # more than idle_timeout
+        assert not done
+        async with Broker().serving([ListenerSpec("pair", network.transport())]):
+            await task
+
+    within_60_s(main)
+
+
 def test_require_healthy_says_what_is_wrong() -> None:
     async def main() -> None:
         spec = source(Network())  # where nobody listens

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import signal
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,6 +128,42 @@ def test_json_lines() -> None:
 def test_human_lines() -> None:
     line = logs.Human(debug=False, colour=False).format(record(ValueError("bad\nvalue")))
     assert line[8:] == " warning  client: lost it: ValueError: bad | value"
+
+
+def test_a_mistake_in_a_step_is_found_without_a_traceback(tmp_path: Path) -> None:
+    step = tmp_path / "steps.py"
+    step.write_text("import json\n\ndef clean(text):\n    return json.loads(text)\n")
+    module: dict[str, Any] = {}
+    exec(compile(step.read_text(), step, "exec"), module)
+    try:
+        module["clean"]("{")
+    except ValueError as error:
+        made = record(error)
+        made.msg, made.args = f"failed: {type(error).__name__}: {error}", ()
+    line = logs.Human(debug=False, colour=False).format(made)
+    assert line.count("JSONDecodeError") == 1
+    assert f" ({step}:4 in clean; --debug shows the traceback)" in line
+    assert json.loads(logs.Json(debug=False).format(made))["at"] == f"{step}:4 in clean"
+
+
+def test_the_table_of_figures_is_readable_in_80_columns() -> None:
+    from rich.console import Console
+
+    from tesaiot_connect.cli.figures import table
+    from tesaiot_connect.pipeline import PipelineStats, SinkStats
+
+    bad = SinkStats("log", failing=True, last_error="cannot write [/dev/full]: " + "no space " * 20)
+    good = SinkStats("database", written=1_234_567)
+    stats = PipelineStats("a-rather-long-name", "in", sinks=[good, bad], received=1_234_567, rate=2001)
+    stats.acknowledged = 1_234_500
+    console = Console(width=80, file=io.StringIO())
+    with console.capture() as capture:
+        console.print(table([stats]))
+    head, first, second = capture.get().splitlines()
+    assert "retries" not in head  # nothing was tried again
+    for number in ("1,234,567", "2,001", "1,234,500"):
+        assert number in first
+    assert "failing: cann" in second
 
 
 # --- with a broker ------------------------------------------------------------------------

@@ -298,9 +298,7 @@ class Password:
     password: bytes
 
     async def begin(self) -> Any:
-        return _Login(
-            Credentials(username="u", password=self.password, origin="connections.x.auth.password")
-        )
+        return _Login(Credentials(username="u", password=self.password, origin="connections.x.auth.password"))
 
     async def identity(self) -> None:
         return None
@@ -429,5 +427,3 @@ def test_a_cancelled_publish_is_forgotten_and_blocks_nobody() -> None:
                 assert server.stats.received == 1
 
     run(main())
-
-

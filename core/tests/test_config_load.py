@@ -62,6 +62,7 @@ dead_letter = "archive"
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     (tmp_path / "certs").mkdir()
+    (tmp_path / "data").mkdir()
     (tmp_path / "certs" / "ca.pem").write_text("")
     (tmp_path / "steps_of_load.py").write_text("def twice(records):\n    return records * 2\n")
     file = tmp_path / "pipeline.toml"
@@ -101,6 +102,24 @@ def test_warnings_have_places(file: Path) -> None:
         assert lines[line - 1] == f"[{key}]"
     assert "client id of its own" in warnings["sinks.bridge"][1]
     assert "cannot be decoded" in warnings["pipelines.archive"][1]
+
+
+def test_warnings_of_what_would_only_show_in_a_run(file: Path) -> None:
+    (file.parent / "data").rmdir()
+    endpoint = '{ url = "mqtts://broker.example:8883" }'  # the same one, written otherwise
+    twin = f'[connections.twin]\nclient_id = "dashboard-1"\nendpoints = [{endpoint}]\n'
+    sink = '[sinks.twin]\ntype = "mqtt"\nconnection = "twin"\n'
+    file.write_text(TEXT.replace('to = ["archive"]', 'to = ["archive", "twin"]') + twin + sink)
+    warnings = {warning.key: warning for warning in load(file).warnings}
+    assert warnings["sinks.archive.path"].message == f"there is no folder {file.parent / 'data'}"
+    assert "client_id of 'platform'" in warnings["connections.twin.client_id"].message
+    file.write_text(file.read_text().replace("8883", "8884", 1))  # another broker
+    assert "connections.twin.client_id" not in {warning.key for warning in load(file).warnings}
+
+
+def test_a_byte_order_mark_is_no_text(file: Path) -> None:
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert load(file).connections["platform"].options.client_id == "dashboard-1"
 
 
 def test_env_file_fills_in_what_the_environment_does_not_have(file: Path, tmp_path: Path) -> None:

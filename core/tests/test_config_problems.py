@@ -427,6 +427,8 @@ def test_all_at_once_in_the_order_of_the_file(tmp_path: Path, capsys: pytest.Cap
         ("connections.platform.endpoints.3=x", "--set: connections.platform.endpoints.3: "),
         ("connections.platform.client_id.x=1", "connections.platform.client_id is not a table"),
         ("pipelines.raw.to=log", "--set: pipelines.raw.to: expected an array"),
+        ('sinks.archive={type="sqlit"}', "--set: sinks.archive.type: there is no sink 'sqlit'"),
+        ("pipeline.raw.from=x", "--set: pipeline: unknown table. Did you mean 'pipelines'?"),
     ],
 )
 def test_bad_overrides(

@@ -37,6 +37,10 @@ BROKEN = {
     "unknown_hook": (GOOD.replace("tesaiot_sinks", "tesaiot_sinkz"), "has an unknown hook: "),
     "not_a_mapping": (GOOD.replace('{"influx": Influx}', "[Influx]"), "tesaiot_sinks returned list"),
     "not_a_recipe": (GOOD.replace("@attrs.frozen", ""), "sink 'influx' is not an attrs class"),
+    "async_open": (
+        GOOD.replace("def open(self): ...", "async def open(self): ..."),
+        "does not keep its contract: Influx.open must return an async context manager",
+    ),
     "half": (GOOD.replace("def open(self): ...", ""), "does not keep its contract: Influx lacks open"),
     "bad_name": (GOOD.replace('"influx"', '"In Flux"'), "sink 'In Flux' has no usable name"),
     "bad_type": (GOOD.replace("url: str", 'url: "NoSuchType"'), "cannot be resolved: NameError"),

@@ -9,14 +9,17 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-from contextlib import closing
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
 
 from tesaiot_connect.builtin import GeneratorSource, JsonlSource, JsonSerializer, MemorySink
-from tesaiot_connect.pipeline import PipelineSpec, SinkSpec, SourceSpec
+from tesaiot_connect.errors import ConnectorError
+from tesaiot_connect.pipeline import PipelineSpec, PipelineStats, SinkSpec, SourceSpec
 from tesaiot_connect.runner import run, run_blocking, stopping_on_signals
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals between processes are POSIX")
@@ -154,7 +157,7 @@ def test_a_second_signal_stops_at_once(portable: bool) -> None:
     asyncio.run(asyncio.wait_for(main(), 30))
 
 
-def spec(recipe: object, sink: MemorySink) -> PipelineSpec:
+def spec(recipe: object, sink: Any) -> PipelineSpec:
     return PipelineSpec(
         name="p",
         source=SourceSpec(name="in", recipe=recipe, serializer=JsonSerializer()),  # type: ignore[arg-type]
@@ -189,6 +192,43 @@ def test_once_moves_what_is_there(tmp_path: Path) -> None:
     assert [record.value for record in follow.into] == [1]
     assert len(generated.into) == 6
     assert (summary.received, summary.acknowledged, summary.stopped) == (7, 7, False)
+
+
+class Stuck:
+    """A sink that never gets a write done."""
+
+    reads = "records"
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator[Any]:
+        yield self
+
+    async def write(self, _batch: object) -> None:
+        raise ConnectorError("still full")
+
+
+def test_figures_go_on_during_a_drain_that_comes_to_its_limit() -> None:
+    async def main() -> None:
+        stop = asyncio.Event()
+        after = 0
+
+        def on_stats(stats: Sequence[PipelineStats]) -> None:
+            nonlocal after
+            after += stop.is_set()
+            if stats[0].received:
+                stop.set()
+
+        summary = await run(
+            [spec(GeneratorSource(rate=0, count=5), Stuck())],
+            stop=stop,
+            on_stats=on_stats,
+            stats_interval=0.01,
+            drain_timeout=1.0,
+        )
+        assert not summary.drained
+        assert after > 1  # the last call is the one at the end
+
+    asyncio.run(asyncio.wait_for(main(), 30))
 
 
 def test_no_pipelines_are_soon_done() -> None:

@@ -822,3 +822,19 @@ def test_a_client_identifier_cannot_forge_a_line_of_the_log(caplog: pytest.LogCa
         run(test)
     assert "forged" in caplog.text
     assert not any("\n" in record.getMessage() for record in caplog.records)
+
+
+def test_what_is_remembered_of_permissions_is_bounded() -> None:
+    async def test(live: Broker, transport: PairTransport) -> None:
+        peer = await EnginePeer.open(transport, "c")
+        await peer.connack()
+        (client,) = live._connections
+        for start in range(0, 60, 10):
+            topics = [f"{'no' if n % 2 else 'ok'}/{n}/" + "x" * 30_000 for n in range(start, start + 10)]
+            await peer.publish(*(Message(topic, b"", 1) for topic in topics))
+            assert sum(map(len, client._allowed)) == client._remembered < 900_000
+        assert set(peer.refused.values()) == {R.NOT_AUTHORIZED}
+        assert len(peer.refused) == 30
+        assert live.stats.dropped["not_authorized"] == 30
+
+    run(test, deny_publish=("no/#",))

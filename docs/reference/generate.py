@@ -226,7 +226,7 @@ def note_tables(kind: Any, key: str, nested: dict[type[Any], str]) -> None:
 def commands() -> str:
     parts = []
     for verb in VERBS:
-        context = click.Context(command, info_name="tesaiot-connect")
+        context = click.Context(command, info_name="tesaiot-connect", **command.context_settings)
         found = command.get_command(context, verb)
         assert found is not None
         inner = click.Context(found, info_name=verb, parent=context, terminal_width=96)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
         Message as Message,
         Properties as Properties,
         Record as Record,
+        Records as Records,
         Route as Route,
         Undecodable as Undecodable,
     )
@@ -128,6 +129,7 @@ _HOMES = {
         "NO_PROPERTIES",
         "Properties",
         "Record",
+        "Records",
         "Route",
         "Undecodable",
     ),

@@ -85,9 +85,7 @@ class Refused(Disconnected):
     trying again with the same settings cannot help (bad credentials, banned, bad client id).
     """
 
-    def __init__(
-        self, what: str, *, fix: str = "", reason_code: int = 0x80, permanent: bool = False
-    ) -> None:
+    def __init__(self, what: str, *, fix: str = "", reason_code: int = 0x80, permanent: bool = False) -> None:
         super().__init__(what, fix=fix)
         self.reason_code = reason_code
         self.permanent = permanent

@@ -6,8 +6,8 @@ called once per message. Hot types are msgspec structs: measured, half the cost 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import msgspec
 
@@ -75,6 +75,48 @@ class Record(msgspec.Struct, gc=False):
     """The decoded payload. For sinks with `reads = "raw_records"` it may be a `msgspec.Raw`
     that holds one valid JSON document in UTF-8."""
     message: Message
+
+
+class Records(Sequence[Record]):
+    """The records of one batch, held by column: `routes`, `values` and `messages` are parallel,
+    `time` is that of all.
+
+    A sink that writes whole batches may read the columns, which spares it the `Record` objects;
+    they are made when the first is asked for, and then kept.
+    """
+
+    __slots__ = ("_rows", "messages", "routes", "time", "values")
+
+    def __init__(
+        self, routes: Sequence[Route], time: float, values: Sequence[Any], messages: Sequence[Message]
+    ) -> None:
+        self.routes = routes
+        self.time = time
+        self.values = values
+        self.messages = messages
+        self._rows: list[Record] | None = None
+
+    def _records(self) -> list[Record]:
+        if self._rows is None:
+            time = self.time
+            self._rows = [
+                Record(route, time, value, message)
+                for route, value, message in zip(self.routes, self.values, self.messages, strict=True)
+            ]
+        return self._rows
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __iter__(self) -> Iterator[Record]:
+        return iter(self._records())
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        return self._records()[index]
 
 
 Settle = Callable[[BaseException | None], Awaitable[None]]

@@ -26,7 +26,7 @@ import attrs
 import msgspec
 
 from ..errors import ConnectorError, PartialDelivery, PayloadError
-from ..message import Record
+from ..message import Record, Records, Route
 from ..protocols import Duration, Size, Writer
 
 _encode = msgspec.json.Encoder().encode
@@ -120,38 +120,41 @@ class Lines:
     def encode(self, records: Sequence[Record]) -> tuple[bytes, dict[int, BaseException]]:
         """The lines of all records that can be written, and the errors of the others."""
         failures: dict[int, BaseException] = {}
-        values: list[Any] = [record.value for record in records]
+        values: Sequence[Any]
+        values = records.values if type(records) is Records else [record.value for record in records]
         if not values:
             return b"", failures
         if set(map(type, values)) != _ONLY_RAW:
             records, values, failures = _documents(records, values)
             if not values:
                 return b"", failures
-        inside = b"".join(values)
-        if b"\n" in inside or b"\r" in inside:  # white space: JSON text holds neither unescaped
-            values = [msgspec.json.format(value, indent=-1) for value in values]
         heads = self._heads(records)
-        parts: list[Any] = [None] * (2 * len(values))
-        parts[0::2] = heads
-        parts[1::2] = values
-        return b"".join(parts)[2:] + b"}\n", failures
+        data = _joined(heads, values)
+        if data.count(b"\n") > len(values) or b"\r" in data:  # white space: JSON text holds neither unescaped
+            data = _joined(heads, [msgspec.json.format(value, indent=-1) for value in values])
+        return data, failures
 
     def _heads(self, records: Sequence[Record]) -> list[bytes]:
         """For each record the end of the line before it and the beginning of its own."""
         prefixes = self._prefixes
-        times = [record.time for record in records]
-        if times.count(times[0]) == len(times):
-            end = b'%.6f,"value":' % times[0]
-            if len(self._topics) > len(records):  # of the batch before: mostly the same again
+        routes: Sequence[Route]
+        if type(records) is Records:
+            routes, time, same = records.routes, records.time, True
+        else:
+            routes, time = [record.route for record in records], records[0].time
+            same = all(record.time == time for record in records)
+        if same:
+            end = b'%.6f,"value":' % time
+            if len(self._topics) > len(routes):  # of the batch before: mostly the same again
                 self._topics = set()
             try:
                 stamped = {topic: prefixes[topic] + end for topic in self._topics}
-                return [stamped[record.route.topic] for record in records]
+                return [stamped[route.topic] for route in routes]
             except KeyError:
-                self._topics = {record.route.topic for record in records}
+                self._topics = {route.topic for route in routes}
             try:
                 stamped = {topic: prefixes[topic] + end for topic in self._topics}
-                return [stamped[record.route.topic] for record in records]
+                return [stamped[route.topic] for route in routes]
             except KeyError:  # a topic that is new
                 pass
         heads = []
@@ -168,6 +171,13 @@ class Lines:
         if len(prefix) <= _LONG:
             self._prefixes[record.route.topic] = prefix
         return prefix
+
+
+def _joined(heads: list[bytes], values: Sequence[Any]) -> bytes:
+    parts: list[Any] = [None] * (2 * len(heads))
+    parts[0::2] = heads
+    parts[1::2] = values
+    return b"".join(parts)[2:] + b"}\n"
 
 
 def _documents(

@@ -124,12 +124,14 @@ class _MqttReader:
     async def read(self) -> Delivery:
         if not self._idle_timeout:
             return await self._reader.read()
-        await self._client.connected()
-        try:
-            async with asyncio.timeout(self._idle_timeout):
-                return await self._reader.read()
-        except TimeoutError as error:
-            raise EndOfInput("no message came for a while") from error
+        while True:
+            await self._client.connected()
+            try:
+                async with asyncio.timeout(self._idle_timeout):
+                    return await self._reader.read()
+            except TimeoutError as error:
+                if self._client.status.state == "connected":
+                    raise EndOfInput("no message came for a while") from error
 
     async def ready(self, within: float, /) -> None:
         await _reach(self._client, within)

@@ -24,7 +24,7 @@ from .stats import SinkStats
 
 log = logging.getLogger("tesaiot_connect.pipeline")
 
-Items = Batch | list[Record]
+Items = Batch | Sequence[Record]
 Failure = tuple[Message, float, BaseException]
 """A message as it came, when it was received, and why it is given up."""
 GiveUp = Callable[[Sequence[Failure]], Coroutine[Any, Any, None]]
@@ -126,7 +126,7 @@ class Outlet:
                 log.warning("%s did not close well: %s", self._label, explain(error))
 
     async def deliver(self, items: Items) -> None:
-        if self._encode is not None and isinstance(items, list):
+        if self._encode is not None and not isinstance(items, Batch):
             items = await self._encoded(items, self._encode)
         if size(items):
             await self._deliver(items)
@@ -208,7 +208,9 @@ class Outlet:
             return items, None
         return pick(items, again), partial.failures[again[0]]
 
-    async def _encoded(self, records: list[Record], encode: Callable[[Sequence[Any]], list[bytes]]) -> Batch:
+    async def _encoded(
+        self, records: Sequence[Record], encode: Callable[[Sequence[Any]], list[bytes]]
+    ) -> Batch:
         payloads: list[bytes]
         try:
             payloads = encode([record.value for record in records])

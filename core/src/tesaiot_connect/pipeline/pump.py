@@ -297,11 +297,11 @@ class Pump:
 
     async def _move(self, batch: Batch, payloads: list[bytes]) -> None:
         wants = self._wants_values
-        records: list[Record] = []
+        records: Sequence[Record] = ()
         if True in wants:
             records = await self._records(batch, payloads)
             if self._spec.process is not None:
-                records = await self._processed(records)
+                records = await self._processed(list(records))
         others = [
             worker.hand(records if values else batch)
             for worker, values in zip(self._others, wants[1:], strict=True)
@@ -312,16 +312,16 @@ class Pump:
         for done in others:
             await done
 
-    async def _records(self, batch: Batch, payloads: list[bytes]) -> list[Record]:
+    async def _records(self, batch: Batch, payloads: list[bytes]) -> Sequence[Record]:
         """The decodable messages; the others are given up."""
         values = self._decoded(payloads)
         records = self._routes.records(batch.messages, batch.received, values)
-        if Undecodable in set(map(type, values)):
-            bad = [record for record in records if type(record.value) is Undecodable]
-            records = [record for record in records if type(record.value) is not Undecodable]
-            self._stats.undecodable += len(bad)
-            await self._lose([(record.message, record.time, record.value.error) for record in bad])
-        return records
+        if Undecodable not in set(map(type, values)):
+            return records
+        bad = [record for record in records if type(record.value) is Undecodable]
+        self._stats.undecodable += len(bad)
+        await self._lose([(record.message, record.time, record.value.error) for record in bad])
+        return [record for record in records if type(record.value) is not Undecodable]
 
     def _decoded(self, payloads: list[bytes]) -> list[Any]:
         """A value for each payload, whatever the serializer does."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from ..message import Message, Record, Route
+from ..message import Message, Records, Route
 
 RESERVED = frozenset({"topic", "time", "value", "extra"})
 """Names that records and tables already use."""
@@ -113,7 +113,7 @@ class Routes:
         route = self._known.get(topic)
         return route if route is not None else self._learn((topic,))[topic]
 
-    def records(self, messages: Sequence[Message], received: float, values: Iterable[Any]) -> list[Record]:
+    def records(self, messages: Sequence[Message], received: float, values: Sequence[Any]) -> Records:
         """A record for each message; `values` are its decoded payloads, in the same order."""
         topics = [message.topic for message in messages]
         try:
@@ -122,10 +122,7 @@ class Routes:
         except KeyError:
             known = self._learn(topics)
             routes = [known[topic] for topic in topics]
-        return [
-            Record(route, received, value, message)
-            for route, value, message in zip(routes, values, messages, strict=True)
-        ]
+        return Records(routes, received, values, messages)
 
     def _learn(self, topics: Iterable[str]) -> Mapping[str, Route]:
         """A map that holds at least `topics`; the cache, unless they alone exceed its bound."""

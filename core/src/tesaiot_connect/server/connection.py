@@ -45,8 +45,8 @@ log = logging.getLogger(__name__)
 _CHUNK = 65536
 _GOODBYE = 2.0
 """Seconds the last bytes may take before the connection is cut."""
-_REMEMBER = 10_000
-"""Topics whose permission is remembered per connection."""
+_REMEMBER = 500_000
+"""Characters of the topics whose permission is remembered per connection."""
 
 
 class _Outlet:
@@ -93,6 +93,7 @@ class ClientConnection:
         self._challenge: Challenge | None = None
         self._principal: Principal | None = None
         self._allowed: dict[str, bool] = {}
+        self._remembered = 0
         self.session: ClientSession | None = None
 
     @property
@@ -336,7 +337,7 @@ class ClientConnection:
 
     def _set_principal(self, principal: Principal) -> None:
         self._principal = principal
-        self._allowed.clear()
+        self._forget_permissions()
         if self._leave is not None:
             self._leave.cancel()
             self._leave = None
@@ -401,27 +402,22 @@ class ClientConnection:
     def _permitted(
         self, messages: list[Message], principal: Principal
     ) -> tuple[list[Message], list[int] | None]:
+        if self._remembered > _REMEMBER:
+            self._forget_permissions()
         allowed = self._allowed
         for message in messages:
             if message.topic not in allowed:
-                if len(allowed) >= _REMEMBER:
-                    allowed.clear()
-                    return self._one_by_one(messages, principal)
                 allowed[message.topic] = self._hub.may_publish(principal, message.topic)
+                self._remembered += len(message.topic)
         if all(allowed[message.topic] for message in messages):
             return messages, None
         kept = [message for message in messages if allowed[message.topic]]
         self._hub.usage.dropped["not_authorized"] += len(messages) - len(kept)
         return kept, [0 if allowed[message.topic] else R.NOT_AUTHORIZED for message in messages]
 
-    def _one_by_one(
-        self, messages: list[Message], principal: Principal
-    ) -> tuple[list[Message], list[int] | None]:
-        """As `_permitted`, for a batch that has more topics than are remembered."""
-        verdicts = [self._hub.may_publish(principal, message.topic) for message in messages]
-        kept = [message for message, good in zip(messages, verdicts, strict=True) if good]
-        self._hub.usage.dropped["not_authorized"] += len(messages) - len(kept)
-        return kept, [0 if good else R.NOT_AUTHORIZED for good in verdicts]
+    def _forget_permissions(self) -> None:
+        self._allowed.clear()
+        self._remembered = 0
 
     def _settle(self, stream: int, token: int, reasons: list[int] | None) -> None:
         assert self.session is not None
