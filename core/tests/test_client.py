@@ -296,9 +296,10 @@ class Password:
     """An auth recipe, as a plugin would bring it."""
 
     password: bytes
+    origin: str = "connections.x.auth.password"
 
     async def begin(self) -> Any:
-        return _Login(Credentials(username="u", password=self.password, origin="connections.x.auth.password"))
+        return _Login(Credentials(username="u", password=self.password, origin=self.origin))
 
     async def identity(self) -> None:
         return None
@@ -329,6 +330,27 @@ def test_a_refusal_names_where_the_credentials_are_set(protocol: str) -> None:
                 await allowed.connected()
 
     run(main())
+
+
+def test_a_refusal_without_an_origin_names_the_connection() -> None:
+    async def main() -> None:
+        network = Network()
+        auth = attrs.evolve(Password(b"wrong"), origin="")
+        async with broker(network, authenticator=Doorman()):
+            dialer = InOrder([network.transport()])
+            async with Client(dialer, ClientOptions(reconnect=FAST), auth=auth, name="c") as refused:
+                with pytest.raises(Refused, match="check the `auth` table of c"):
+                    await refused.connected()
+            async with client(network) as nameless:
+                with pytest.raises(Refused, match="set `auth`"):
+                    await nameless.connected()
+
+    run(main())
+
+
+def test_a_will_goes_to_a_topic_not_to_a_filter() -> None:
+    with pytest.raises(ValueError, match="without wildcards"):
+        WillOptions(topic="a/#")
 
 
 def test_a_refused_filter_fails_its_reader() -> None:

@@ -15,7 +15,7 @@ from tesaiot_connect.mqtt.events import (
     Received,
     Suback,
 )
-from tesaiot_connect.mqtt.packets import Connack, Connect, Subscription
+from tesaiot_connect.mqtt.packets import Connack, Connect, Subscription, Will
 from tesaiot_connect.mqtt.properties import P
 from tesaiot_connect.mqtt.reasons import R
 from tesaiot_connect.mqtt.server import ServerEngine, ServerLimits
@@ -325,3 +325,17 @@ def test_the_end_of_the_transport_ends_the_connection_once():
         assert not closed.orderly
         assert engine.stream_reset(0, now=1.0) == []
         assert engine.publish([Message("t", b"")], [1]) == 0
+
+
+def test_a_stranger_may_send_less_than_a_client():
+    limits = ServerLimits(maximum_packet_size=1 << 20, maximum_connect_size=1000)
+    will = Will(Message("t", bytes(2000)))
+    engine = ServerEngine(limits, now=0.0)
+    [closed] = engine.receive_data(codec.encode_connect(Connect(client_id="c", will=will)), now=0.0)
+    assert closed.reason_code == R.PACKET_TOO_LARGE
+    engine = ServerEngine(limits, now=0.0)
+    engine.receive_data(codec.encode_connect(Connect(client_id="c")), now=0.0)
+    engine.accept(Session(), now=0.0, session_present=False)
+    engine.outputs()
+    [received] = engine.receive_data(raw("30 d3 0f 0001 74 00") + bytes(2000 - 1), now=0.0)
+    assert len(received.messages[0].payload) == 1999

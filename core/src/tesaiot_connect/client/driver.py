@@ -301,7 +301,7 @@ class Client:
             broker=self._endpoint,
             client_id=self._client_id,
             accepted=live.accepted,
-            origin=credentials.origin,
+            origin=credentials.origin or (f"the `auth` table of {self._name}" if self._auth else ""),
             may_fall_back=self._options.protocol == "auto" and self._version == V5 and not broken.fix,
             fix=broken.fix,
         )

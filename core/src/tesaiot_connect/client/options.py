@@ -10,6 +10,8 @@ from typing import Any, Literal
 import attrs
 
 from ..backoff import Backoff
+from ..errors import ProtocolError
+from ..mqtt.topics import check_topic
 from ..protocols import Duration, Size
 
 
@@ -23,11 +25,18 @@ def _seconds(_instance: Any, field: attrs.Attribute[Any], value: float) -> None:
         raise ValueError(f"{field.name} must be between 0 and 65535 seconds, not {value}")
 
 
+def _topic(_instance: Any, _field: Any, value: str) -> None:
+    try:
+        check_topic(value)
+    except ProtocolError as error:
+        raise ValueError(f"{error.what}: a will goes to one topic, without wildcards") from error
+
+
 @attrs.frozen(kw_only=True)
 class WillOptions:
     """What the broker publishes when this client vanishes."""
 
-    topic: str = attrs.field(metadata={"help": "Topic the will is published to."})
+    topic: str = attrs.field(validator=_topic, metadata={"help": "Topic the will is published to."})
     payload: str = attrs.field(default="", metadata={"help": "Payload of the will, as text."})
     qos: Literal[0, 1, 2] = attrs.field(default=1, metadata={"help": "QoS of the will."})
     retain: bool = attrs.field(default=False, metadata={"help": "Whether the will is retained."})

@@ -78,12 +78,6 @@ def find_warnings(doc: Document, pipelines: Sequence[PipelineSpec]) -> Iterator[
                 fix = 'The broker sees "<client_id>-sink"; allow it, or give the sink its own connection'
                 note = doc.note(("sinks", sink.name), message, fix)
                 yield note
-        reads = {getattr(sink.recipe, "reads", "messages") for sink in pipeline.sinks}
-        decodes = pipeline.process is not None or reads != {"messages"}
-        if decodes and pipeline.on_error != "dead_letter":
-            message = "payloads that cannot be decoded are counted, logged and dropped"
-            fix = 'To keep them: on_error = "dead_letter" and dead_letter = "<name of a sink>"'
-            yield doc.note(("pipelines", pipeline.name), message, fix)
 
 
 def _takeovers(doc: Document, pipelines: Sequence[PipelineSpec]) -> Iterator[Problem]:

@@ -46,6 +46,8 @@ class ServerLimits:
     """QoS 1 and 2 messages in flight to a client, if its Receive Maximum allows as many."""
     send_buffer: int = 1_048_576
     """Bytes that may wait to be written before `publish` takes no more."""
+    maximum_connect_size: int = 131_072
+    """Bytes of a packet from a client that was not accepted yet, if `maximum_packet_size` is not less."""
     connect_timeout: float = 10.0
     maximum_qos: int = 2
     retain_available: bool = True
@@ -77,6 +79,9 @@ class ServerEngine:
             retain_available=limits.retain_available,
         )
         self._link.last_received = now
+        self._link.control.decoder.maximum_packet_size = min(
+            limits.maximum_packet_size, limits.maximum_connect_size
+        )
 
     @property
     def version(self) -> int:
@@ -252,6 +257,7 @@ class ServerEngine:
             )
             return
         link.control.session = session
+        link.control.decoder.maximum_packet_size = limits.maximum_packet_size
         link.last_received = now
         link.start(link.version, link.peer, limits.outbound_window)
         link.control.resume(dup=True)

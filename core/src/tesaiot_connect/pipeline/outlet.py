@@ -55,6 +55,10 @@ class Persistence:
     def exhausted(self, attempts: int) -> bool:
         return self.on_error != "retry" and attempts >= self.max_attempts
 
+    def delay(self, delays: Iterator[float]) -> float:
+        """Seconds to the next attempt: from `delays`, at most one while the run is ending."""
+        return min(next(delays), 1.0) if self.hurry.is_set() else next(delays)
+
     async def pause(self, delay: float) -> None:
         if self.hurry.is_set():
             await asyncio.sleep(min(delay, 1.0))
@@ -176,7 +180,7 @@ class Outlet:
                 log.error("%s gave up %d messages after %d attempts: %s", self._label, lost, attempts, error)
                 return
             delays = delays or persistence.retry.delays()
-            delay = next(delays)
+            delay = persistence.delay(delays)
             stats.retries += 1
             log.warning(
                 "%s failed (attempt %d, next in %.1f s): %s",

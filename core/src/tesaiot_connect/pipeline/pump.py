@@ -127,7 +127,7 @@ class Feed:
                 stats.reopened += 1
         await self.close()
         self._lost(error)
-        delay = next(self._delays)
+        delay = self._persistence.delay(self._delays)
         log.warning(
             "%s failed (next attempt in %.1f s): %s",
             self._label, delay, explain(error), exc_info=traceback_of(error),
@@ -352,7 +352,7 @@ class Pump:
             stats.last_error = explain(error)
             if isinstance(error, PERMANENT) or persistence.exhausted(attempts):
                 break
-            delay = next(delays)
+            delay = persistence.delay(delays)
             stats.retries += 1
             log.warning(
                 "process step of pipeline %r failed (attempt %d, next in %.1f s): %s",
@@ -417,10 +417,11 @@ class Pump:
         now = time.monotonic()
         if now - self._logged >= LOG_INTERVAL:
             self._logged = now
+            kept = 'To keep such messages: on_error = "dead_letter"'
             log.warning(
-                "pipeline %r %s %d of a batch, the first on topic %r: %s",
-                self._stats.name, "puts aside" if self._dead else "drops", len(failures),
-                message.topic, explain(error), exc_info=traceback_of(error),
+                "pipeline %r %s %d of a batch, the first on topic %r: %s%s",
+                self._stats.name, "puts aside" if self._dead else "drops", len(failures), message.topic,
+                explain(error), "" if self._dead else f". {kept}", exc_info=traceback_of(error),
             )  # fmt: skip
         if self._dead is not None:
             await self._dead.hand([self._letter(*failure) for failure in failures])
