@@ -29,7 +29,21 @@ def test_a_lone_message_is_never_late() -> None:
 def test_a_stream_of_messages_is_read_a_millisecond_at_a_time() -> None:
     reads = Reads()
     assert reads.read(0.00001, 1) == 0.001
-    assert all(reads.read(0.0, 30) == 0.001 for _ in range(1000))
+    assert all(reads.read(0.0, 64) == 0.001 for _ in range(1000))
+
+
+def test_a_thin_stream_is_read_four_milliseconds_at_a_time() -> None:
+    reads = Reads()
+    pauses = [reads.read(0.00001, 1), *(reads.read(0.0, 20) for _ in range(4))]
+    assert pauses == [0.001, 0.002, 0.004, 0.004, 0.004]
+    assert reads.read(0.0, 100) == 0.004  # plenty: as it is
+    assert reads.read(0.0, 200) == 0.001  # too much: shorter
+
+
+def test_a_stream_that_runs_dry_is_read_at_once_again() -> None:
+    reads = Reads()
+    assert [reads.read(0.0, 20) for _ in range(4)][-1] == 0.004
+    assert not reads.read(0.0, 10)  # in four milliseconds
 
 
 def test_pausing_ends_when_it_gains_nothing() -> None:
