@@ -285,3 +285,14 @@ def test_run_once_from_a_generator(tmp_path: Path) -> None:
     done = run("run", str(file))
     assert done.returncode == 0, done.stderr
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 100
+
+
+def test_lint_finds_a_tls_listener_without_a_certificate(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "broker.toml"
+    file.write_text('[listeners.tls]\nscheme = "mqtts"\nport = 0\n')
+    assert execute(["lint", str(file)]) == 78
+    told = capsys.readouterr().err
+    assert "broker.toml:1: listeners.tls: a listener on mqtts:// needs a certificate" in told
+    assert "server_tls" in told

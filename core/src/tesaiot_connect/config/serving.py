@@ -100,6 +100,10 @@ def _listener(composer: Composer, name: str, path: Path, table: dict[str, Any]) 
         return None
     if recipe is None or ("auth" in table and authenticator is None):
         return None
+    if getattr(recipe, "secure", False) and getattr(recipe, "server_tls", recipe) is None:
+        fix = "Add server_tls = { certificate = ..., key = ... }"
+        doc.problem(path, f"a listener on {url.scheme}:// needs a certificate", fix)
+        return None
     given = {} if authenticator is None else {"authenticator": authenticator}
     return ListenerSpec(name, recipe, **given)
 
