@@ -201,13 +201,14 @@ def test_pub_and_sub(broker: str) -> None:
     ]
 
 
-def test_sub_ends_quietly_when_interrupted(broker: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_sub_ends_quietly_when_asked_to(broker: str, number: int) -> None:
     run("pub", broker, "greeting", "hello", "-r")
     command = [*COMMAND, "sub", broker, "greeting"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"greeting hello\n"
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (0, b"")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -53,7 +55,7 @@ def command(
     chosen = client(target, file, overrides, env_file)
     try:
         asyncio.run(_print(chosen, filters, qos, count, as_json))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         return
 
 
@@ -63,6 +65,10 @@ async def _print(chosen: Client, filters: Sequence[str], qos: int, count: int | 
     render = _as_json if as_json else _as_text
     output = sys.stdout.buffer
     left = count
+    task = asyncio.current_task()
+    assert task is not None
+    with contextlib.suppress(NotImplementedError):  # Windows, where nobody sends it
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     async with chosen as connected:
         subscriptions = [Subscription(one, qos) for one in filters]
         async with connected.subscribe(subscriptions) as reader:
