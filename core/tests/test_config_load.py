@@ -159,13 +159,18 @@ def test_a_url_takes_the_keys_of_a_connection() -> None:
         ("", Url("mqtt", "127.0.0.1", 1883)),
         ("port = 18830", Url("mqtt", "127.0.0.1", 18830)),
         ("port = 0", Url("mqtt", "127.0.0.1", 0)),
-        ('host = "::"\nscheme = "mqtts"', Url("mqtts", "::", 8883)),
+        (
+            'host = "::"\nscheme = "mqtts"\nserver_tls = { certificate = "c.pem", key = "k.pem" }',
+            Url("mqtts", "::", 8883),
+        ),
         ('url = "mqtt://0.0.0.0:1884"', Url("mqtt", "0.0.0.0", 1884)),
         ('url = "mqtt://127.0.0.1:0"\nbacklog = 4', Url("mqtt", "127.0.0.1", 0)),
     ],
 )
 def test_listeners(table: str, url: Url, tmp_path: Path) -> None:
     file = tmp_path / "broker.toml"
+    for name in ("c.pem", "k.pem"):
+        (tmp_path / name).touch()
     file.write_text(f'[broker]\nstate_file = "state.db"\nmax_sessions = 5\n[listeners.tcp]\n{table}\n')
     config = load_server(file)
     (listener,) = config.listeners
