@@ -5,8 +5,7 @@ process (SIGKILL), restarts the broker (SIGTERM) and makes the sink fail for two
 holds the database locked). Each event waits for rows to arrive and then strikes at a random moment, so that
 it hits work in progress. Afterwards every number must be in the table; numbers that are there more than once
 are counted. That is what at least once means: after a kill the broker sends again whatever it has not read
-a PUBACK for, which is at most the Receive Maximum a kill. (A broker that is busy sending a large window reads
-no PUBACKs meanwhile, and those it has not read are gone with the connection.)
+a PUBACK for, which is at most the Receive Maximum a kill.
 """
 
 from __future__ import annotations
