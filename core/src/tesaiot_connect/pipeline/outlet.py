@@ -31,6 +31,8 @@ GiveUp = Callable[[Sequence[Failure]], Coroutine[Any, Any, None]]
 
 PERMANENT = (PublishRefused, PayloadError)
 """Errors of one message that trying again cannot cure."""
+_HURRIED = 1.0
+"""Seconds between attempts, at most, while the run is ending."""
 
 
 @runtime_checkable
@@ -57,11 +59,11 @@ class Persistence:
 
     def delay(self, delays: Iterator[float]) -> float:
         """Seconds to the next attempt: from `delays`, at most one while the run is ending."""
-        return min(next(delays), 1.0) if self.hurry.is_set() else next(delays)
+        return min(next(delays), _HURRIED) if self.hurry.is_set() else next(delays)
 
     async def pause(self, delay: float) -> None:
         if self.hurry.is_set():
-            await asyncio.sleep(min(delay, 1.0))
+            await asyncio.sleep(min(delay, _HURRIED))
             return
         try:
             async with asyncio.timeout(delay):

@@ -204,7 +204,6 @@ class Pump:
         self._spec = spec
         self._source = source
         self._stats = stats
-        self._hurry = hurry
         self._persistence = Persistence(
             on_error=spec.on_error, retry=spec.retry, max_attempts=spec.max_attempts, hurry=hurry
         )

@@ -88,7 +88,6 @@ class ClientConnection:
         self._paused = 0
         self._timer: asyncio.TimerHandle | None = None
         self._leave: asyncio.TimerHandle | None = None
-        self._tasks: asyncio.TaskGroup | None = None
         self._connect: Connect | None = None
         self._challenge: Challenge | None = None
         self._principal: Principal | None = None
@@ -133,7 +132,6 @@ class ClientConnection:
         """Returns when the connection is over and its last bytes are out."""
         try:
             async with asyncio.TaskGroup() as tasks:
-                self._tasks = tasks
                 main = tasks.create_task(self._run(tasks))
                 await self._closed.wait()
                 await self._say_goodbye()
