@@ -28,6 +28,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from quic.cases import rows as quic_rows
+
 HERE = Path(__file__).resolve().parent
 MARKER = b"sensor-last"
 BIN = Path(sys.executable).parent
@@ -377,6 +379,9 @@ def main() -> int:
             if arguments.only in case.name:
                 rows.append(measured(case, peaks, progress))
                 print(("\r\x1b[K" if progress else "") + show(rows[-1]), flush=True)
+        for one in quic_rows(folder, repetitions, scale, arguments.only, pin):
+            rows.append(one)
+            print(show(one), flush=True)
         if GMQTT.name in peaks:
             rows.append(row("peak-memory", peaks[OURS.name], peaks[GMQTT.name], GMQTT.name, "MiB"))
             print(show(rows[-1]))

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from real_brokers import free_port, stop, until_listening
 
 from tesaiot_connect import load
+from tesaiot_connect.testing import Certificates
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -41,8 +43,17 @@ def broker_port(tmp_path: Path) -> Iterator[int]:
     assert code == 0 or sys.platform == "win32", log.read_text()
 
 
-def publish(port: int, topic: str, payload: str, *options: str) -> None:
-    command = [TOOL, "pub", f"mqtt://127.0.0.1:{port}", topic, payload, *options]
+def logged(pattern: str, log: Path, process: subprocess.Popen[bytes]) -> str:
+    """What the pattern's group finds in the log, once it does."""
+    deadline = time.monotonic() + 20
+    while (found := re.search(pattern, log.read_text())) is None:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.01)
+    return found[1]
+
+
+def publish(port: int, topic: str, payload: str, *options: str, scheme: str = "mqtt") -> None:
+    command = [TOOL, "pub", f"{scheme}://localhost:{port}", topic, payload, *options]
     subprocess.run(command, check=True, capture_output=True, timeout=30)
 
 
@@ -51,6 +62,7 @@ def test_the_demo_stores_what_it_publishes(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Everything that was published is stored." in done.stdout
+    assert re.search(r"^quic +\d+ connections of up to 2 streams, \d+ resumed$", done.stdout, re.MULTILINE)
     assert (tmp_path / "data" / "telemetry.db").is_file()
     assert (tmp_path / "data" / "telemetry.jsonl").stat().st_size
 
@@ -91,6 +103,67 @@ def test_the_pipeline_in_the_readme_is_right(tmp_path: Path) -> None:
     config.write_text(readme_pipeline())
     assert load(config).pipelines
     subprocess.run([TOOL, "lint", config], check=True, cwd=tmp_path, capture_output=True)
+
+
+QUIC_PAGE = (ROOT / "docs" / "guide" / "quic.md").read_text(encoding="utf-8")
+QUIC_BLOCKS = re.findall(r"```toml\n(.*?)```", QUIC_PAGE, re.DOTALL)
+REST = """
+[sources.telemetry]
+type = "mqtt"
+connection = "platform"
+subscribe = ["device/+/telemetry/#"]
+[sinks.log]
+type = "stdout"
+[pipelines.archive]
+from = "telemetry"
+to = ["log"]
+"""
+
+
+@pytest.mark.parametrize("block", range(len(QUIC_BLOCKS)))
+def test_the_configurations_of_the_quic_page_are_right(
+    block: int, tmp_path: Path, certificates: Certificates
+) -> None:
+    own, text = certificates.server("localhost"), QUIC_BLOCKS[block]
+    for name, file in (("server.pem", own.certificate), ("server.key", own.key)):
+        (tmp_path / name).write_bytes(file.read_bytes())
+    config = tmp_path / "config.toml"
+    config.write_text(text if "[listeners" in text else text + REST)
+    done = subprocess.run([TOOL, "lint", config], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_quic_broker_example_serves(tmp_path: Path, certificates: Certificates) -> None:
+    own, log = certificates.server("localhost"), tmp_path / "broker.log"
+    command = [TOOL, "serve", EXAMPLES / "quic-broker.toml"]
+    for name in ("quic", "tls"):
+        command += ["--set", f"listeners.{name}.port=0"]
+        command += ["--set", f"listeners.{name}.server_tls.certificate={own.certificate}"]
+        command += ["--set", f"listeners.{name}.server_tls.key={own.key}"]
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+            port = logged(r"listener quic on quic://127.0.0.1:(\d+)\n", log, process)
+            for _ in range(2):
+                publish(int(port), "t", "x", "--set", f"tls.ca_file={certificates.ca_file}", scheme="quic")
+        finally:
+            stop(process)
+    assert len(re.findall("over quic_aioquic", log.read_text())) == 2
+    assert " quic: [" not in log.read_text(), "aioquic's own lines are for --debug"
+
+
+def test_every_message_of_the_quic_page_is_one_that_is_said() -> None:
+    """The first column of the table is what a person looks for in it."""
+    rows = re.findall(r"^\| ([^|]+) \|", QUIC_PAGE.split("## When something goes wrong")[1], re.MULTILINE)
+    table = rows[1 : rows.index("broker")]
+    sources = [*ROOT.glob("plugins/quic_aioquic/src/**/*.py"), *ROOT.glob("core/src/**/*.py")]
+    code = " ".join(path.read_text(encoding="utf-8") for path in sources)
+    said = re.sub(r'"\s*\n\s*f?"', "", code)
+    missing = []
+    for row in table:
+        for message in row.split("; "):
+            parts = [part.strip(' ,:()"') for part in re.split(r"\d+ s\b|\d+|…", message)]
+            missing += [part for part in parts if part not in said]
+    assert not missing
 
 
 def test_the_example_in_the_readme_is_the_one_that_runs() -> None:

@@ -233,7 +233,7 @@ def test_a_client_that_only_asks_is_not_read_for_ever() -> None:
         flood = asyncio.create_task(peer.stream.send(b"\xc0\x00" * 200_000))
         (client,) = live._connections
         await until(lambda: client._paused)
-        assert client._outlets[0].size < 100_000
+        assert client._streams[0].size < 100_000
         assert not flood.done()
         answers = 0
         while answers < 400_000:

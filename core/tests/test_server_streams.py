@@ -3,86 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 
-import attrs
+from stream_bundle import Bundle, OneBundle
 
-from tesaiot_connect.errors import Disconnected
 from tesaiot_connect.message import Message
 from tesaiot_connect.mqtt.client import ClientEngine
 from tesaiot_connect.mqtt.events import Acknowledged, Event, Received, Send, Suback
 from tesaiot_connect.mqtt.packets import Connect, Subscription
 from tesaiot_connect.mqtt.properties import P
 from tesaiot_connect.mqtt.session import Session
-from tesaiot_connect.protocols import ByteStream, CloseReason, ConnectionStatus, Handler, Peer, State
+from tesaiot_connect.protocols import ByteStream
 from tesaiot_connect.server import Broker, BrokerOptions, ListenerSpec
-from tesaiot_connect.testing import connected_pair
-
-
-class Bundle:
-    """The broker's end of a connection with many streams, each one a pair in memory."""
-
-    multistream = True
-    early_sent = False
-    peer = Peer("dialler", "bundle")
-
-    def __init__(self) -> None:
-        self._opened: asyncio.Queue[ByteStream | None] = asyncio.Queue()
-
-    async def dial(self) -> ByteStream:
-        """The client's end of a new stream."""
-        near, far = connected_pair()
-        self._opened.put_nowait(await far.accept_stream())
-        return await near.open_stream()
-
-    async def accept_stream(self) -> ByteStream:
-        stream = await self._opened.get()
-        if stream is None:
-            raise Disconnected("no more streams")
-        return stream
-
-    async def open_stream(self, *, priority: int = 0) -> ByteStream:
-        raise NotImplementedError
-
-    def status(self) -> ConnectionStatus:
-        return ConnectionStatus(State.OPEN, 0.0)
-
-    def set_keepalive(self, seconds: float) -> None:
-        pass
-
-    async def probe(self) -> None:
-        raise NotImplementedError
-
-    async def migrate(self) -> None:
-        raise NotImplementedError
-
-    async def wait_closed(self) -> CloseReason:
-        raise NotImplementedError
-
-    async def aclose(self, code: int = 0, reason: str = "") -> None:
-        self._opened.put_nowait(None)
-
-    def abort(self, code: int = 0) -> None:
-        self._opened.put_nowait(None)
-
-
-@attrs.define
-class OneBundle:
-    """A listener for one connection, made by hand."""
-
-    bundle: Bundle = attrs.field(factory=Bundle)
-
-    @asynccontextmanager
-    async def listen(self, handler: Handler, /) -> AsyncIterator[str]:
-        async with asyncio.TaskGroup() as tasks:
-            serving = tasks.create_task(_serve(handler, self.bundle))
-            yield "bundle://"
-            serving.cancel()
-
-
-async def _serve(handler: Handler, bundle: Bundle) -> None:
-    await handler(bundle)
 
 
 class Dialler:

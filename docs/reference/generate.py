@@ -198,6 +198,8 @@ def default(field: attrs.Attribute[Any]) -> str:
 
 
 def quoted(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(quoted, value))}]"
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
@@ -215,9 +217,10 @@ def type_name(kind: Any) -> str:
 
 
 def note_tables(kind: Any, key: str, nested: dict[type[Any], str]) -> None:
-    for one in (kind, *get_args(kind)):
-        if isinstance(one, type) and attrs.has(one) and one not in NAMES:
-            nested.setdefault(one, key)
+    if isinstance(kind, type) and attrs.has(kind) and kind not in NAMES:
+        nested.setdefault(kind, key)
+    for inner in get_args(kind):
+        note_tables(inner, key, nested)
 
 
 # --- commands and hooks -------------------------------------------------------------------

@@ -38,6 +38,14 @@ def free_port() -> int:
         return port
 
 
+def free_udp_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+        assert isinstance(port, int)
+        return port
+
+
 def until_listening(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 20.0) -> None:
     """Returns once the port takes connections; raises with the log when the process ended instead."""
     deadline = time.monotonic() + seconds

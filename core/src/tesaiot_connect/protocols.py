@@ -115,6 +115,55 @@ class State(enum.Enum):
     CLOSED = "closed"
 
 
+class QuicState(enum.Enum):
+    """Where a QUIC connection is in its life (RFC 9000 sections 4 and 10)."""
+
+    INITIAL = "initial"
+    """Nothing came from the peer yet."""
+    HANDSHAKE = "handshake"
+    ONE_RTT = "1-rtt"
+    """The handshake is complete."""
+    DRAINING = "draining"
+    """It was closed, by either side or by silence; only its last packets are still dealt with."""
+    CLOSED = "closed"
+
+
+@attrs.frozen
+class QuicStatus:
+    """What QUIC knows of a connection. Times in seconds; None is "this stack does not tell"."""
+
+    state: QuicState
+    states: tuple[tuple[QuicState, float], ...] = ()
+    """Every state so far, with the event loop's time when it began."""
+    version: int | None = None
+    """QUIC version: 1 or 2."""
+    handshake_time: float | None = None
+    resumed: bool = False
+    early_data_accepted: bool = False
+    rtt_smoothed: float | None = None
+    rtt_min: float | None = None
+    rtt_latest: float | None = None
+    congestion_window: int | None = None
+    """Bytes."""
+    bytes_in_flight: int | None = None
+    packets_sent: int | None = None
+    packets_received: int | None = None
+    packets_lost: int | None = None
+    probe_timeouts: int | None = None
+    """PTOs so far (RFC 9002 section 6.2)."""
+    streams_open: int = 0
+    streams_total: int = 0
+    stream_resets: Mapping[int, int] = attrs.field(factory=dict)
+    """Error code to the number of streams that either side reset with it."""
+    blocked_time: float | None = None
+    """Seconds a sender waited because the peer's flow control left no room."""
+    migrations: int = 0
+    path_mtu: int | None = None
+    """Largest UDP payload that is sent, in bytes."""
+    close_code: int | None = None
+    close_frame: Literal["transport", "application"] | None = None
+
+
 @attrs.frozen
 class ConnectionStatus:
     """A snapshot. Times are the event loop's clock in seconds; None is "this transport does not know"."""
@@ -127,6 +176,46 @@ class ConnectionStatus:
     lost: int | None = None
     migrations: int = 0
     close_reason: CloseReason | None = None
+    quic: QuicStatus | None = None
+
+
+@attrs.frozen
+class ListenerStatus:
+    """A snapshot of a listener; everything but `connections` is counted since it began."""
+
+    connections: int = 0
+    """Open now, handshakes included."""
+    handshakes: int = 0
+    """Under way now."""
+    accepted: int = 0
+    """Handshakes completed."""
+    resumed: int = 0
+    early_data_accepted: int = 0
+    refused: Mapping[str, int] = attrs.field(factory=dict)
+    """Why connections were not taken, in a word ("max_connections", "handshake_failed"), to how many."""
+    retries: int = 0
+    """Addresses that had to be validated first (RFC 9000 section 8.1)."""
+    stateless_resets: int = 0
+    datagrams_received: int = 0
+    datagrams_sent: int = 0
+    datagrams_dropped: int = 0
+    """Received and not of any connection."""
+    bytes_received: int = 0
+    bytes_sent: int = 0
+    migrations: int = 0
+
+
+class BoundUrl(str):
+    """The URL a listener is bound to, from a listener that can tell how it is doing."""
+
+    __slots__ = ("status",)
+
+    status: Callable[[], ListenerStatus]
+
+    def __new__(cls, url: str, status: Callable[[], ListenerStatus]) -> BoundUrl:
+        self = super().__new__(cls, url)
+        self.status = status
+        return self
 
 
 @runtime_checkable
@@ -184,8 +273,8 @@ class Connection(Protocol):
         ...
 
     async def open_stream(self, *, priority: int = 0) -> ByteStream:
-        """The first call gives the control stream. Raises Unsupported for a second stream where
-        `multistream` is false, Disconnected."""
+        """The first call gives the control stream; waits while the peer allows no more streams.
+        Raises Unsupported for a second stream where `multistream` is false, Disconnected."""
         ...
 
     async def accept_stream(self) -> ByteStream:
@@ -243,7 +332,8 @@ class Listener(Protocol):
     """Optional server half of a transport's class."""
 
     def listen(self, handler: Handler, /) -> AbstractAsyncContextManager[str]:
-        """While open, calls `handler` for each connection. Gives the bound URL (port 0 resolved).
+        """While open, calls `handler` for each connection. Gives the bound URL (port 0 resolved),
+        as a `BoundUrl` where the listener keeps figures.
 
         Leaving it stops accepting, then cancels the handlers that are still running.
         """

@@ -1,8 +1,9 @@
 """The main job, end to end, on this machine alone: `make demo`.
 
-Starts a broker with TLS on loopback and ten devices that publish at QoS 1, and runs `tesaiot-connect run
-pipeline.toml`, which stores what they say. After 15 seconds everything drains and is counted: exit 0 only
-if each message that was published is stored.
+Starts a broker on loopback, with QUIC and TLS, and ten devices that publish at QoS 1, and runs
+`tesaiot-connect run pipeline.toml`, which stores what they say. The devices disconnect and come back all the
+time, as those do that sleep: over QUIC their first packet then holds CONNECT. After 15 seconds everything
+drains and is counted: exit 0 only if each message that was published is stored.
 """
 
 from __future__ import annotations
@@ -19,19 +20,40 @@ import signal
 import sqlite3
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from tesaiot_connect import Broker, Client, ClientOptions, InOrder, ListenerSpec, Message, TlsOptions, Url
+from tesaiot_connect import (
+    Broker,
+    Client,
+    ClientOptions,
+    InOrder,
+    ListenerSpec,
+    ListenerStatus,
+    Message,
+    TlsOptions,
+    Transport,
+    Url,
+)
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_tcp_tls import TcpTls
+
+try:
+    from tesaiot_connect_quic_aioquic import QuicAioquic
+except ImportError as missing:
+    without_quic: str | None = str(missing)
+else:
+    without_quic = None
 
 HERE = Path(__file__).resolve().parent
 PIPELINE = HERE / "pipeline.toml"
 PERIOD = 0.1
 """Seconds between two batches of a device."""
+AWAKE = 5
+"""Batches that a device publishes before it disconnects."""
 
 
 class Device:
@@ -40,19 +62,24 @@ class Device:
     def __init__(self, name: str, *, sensors: bool) -> None:
         self.name = name
         self.published = 0
+        self.streams = 0
         self._sensors = sensors
         self._value = random.Random(name)
         self._time = datetime.datetime.now(datetime.UTC)
 
-    async def run(self, endpoint: TcpTls, stop: asyncio.Event) -> None:
-        async with Client(InOrder([endpoint]), ClientOptions(client_id=self.name)) as client:
-            while not stop.is_set():
-                batch = [self._message() for _ in range(5)]
-                await client.publish(batch)
-                self.published += len(batch)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(PERIOD):
-                        await stop.wait()
+    async def run(self, endpoints: Sequence[Transport], stop: asyncio.Event) -> None:
+        options = ClientOptions(client_id=self.name, streams="per-topic")
+        while not stop.is_set():
+            async with Client(InOrder(endpoints), options) as client:
+                for _ in range(AWAKE):
+                    batch = [self._message() for _ in range(5)]
+                    await client.publish(batch)
+                    self.published += len(batch)
+                    self.streams = max(self.streams, client.status.streams)
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(PERIOD):
+                            await stop.wait()
+                            break
 
     def _message(self) -> Message:
         # never the same time twice, so that a message can be told from its duplicate
@@ -118,13 +145,20 @@ async def drain(pipeline: asyncio.subprocess.Process) -> int:
 
 async def demo(data: Path, seconds: float, console: Console) -> bool:
     authority = Certificates(data)
-    listener = TcpTls(url=Url.parse("mqtts://127.0.0.1:0"), server_tls=authority.server("localhost"))
+    certificate, trust = authority.server("localhost"), TlsOptions(ca_file=authority.ca_file)
+    listeners = [ListenerSpec("tls", TcpTls(url=Url.parse("mqtts://127.0.0.1:0"), server_tls=certificate))]
+    if not without_quic:
+        quic = QuicAioquic(url=Url.parse("quic://127.0.0.1:0"), server_tls=certificate)
+        listeners.insert(0, ListenerSpec("quic", quic))
     devices = [Device(f"sensor-{number}", sensors=True) for number in range(1, 6)]
     devices += [Device(f"device-{number}", sensors=False) for number in range(1, 6)]
     broker = Broker()
-    async with broker.serving([ListenerSpec("tls", listener)]) as (address,):
-        port = Url.parse(address).port
-        console.print(f"broker      {address} (TLS, certificate of an authority made just now)")
+    async with broker.serving(listeners) as addresses:
+        ports = {url.scheme: url.port for url in map(Url.parse, addresses)}
+        urls = [f"{scheme}://localhost:{port}" for scheme, port in ports.items()]
+        console.print(f"broker      {', '.join(urls)}")
+        if without_quic:
+            console.print(f"            no QUIC, since its plugin is not installed: {without_quic}")
         console.print(f"devices     {len(devices)}, publishing at QoS 1 for {seconds:g} s")
         console.print(f"pipeline    tesaiot-connect run {relative(PIPELINE)}\n")
         tool = Path(sys.executable).with_name("tesaiot-connect")
@@ -132,22 +166,34 @@ async def demo(data: Path, seconds: float, console: Console) -> bool:
             tool,
             "run",
             PIPELINE,
-            env={**os.environ, "DEMO_DATA": str(data), "DEMO_PORT": str(port)},
+            *(["--set", f"connections.platform.endpoints={json.dumps(urls)}"] if without_quic else []),
+            env={
+                **os.environ,
+                "DEMO_DATA": str(data),
+                "DEMO_PORT": str(ports["mqtts"]),
+                "DEMO_QUIC_PORT": str(ports.get("quic", "")),
+            },
         )
         try:
             await until_subscribed(broker, pipeline)
-            endpoint = TcpTls(
-                url=Url.parse(f"mqtts://localhost:{port}"), tls=TlsOptions(ca_file=authority.ca_file)
-            )
+            tcp = TcpTls(url=Url.parse(f"mqtts://localhost:{ports['mqtts']}"), tls=trust)
             stop = asyncio.Event()
             async with asyncio.TaskGroup() as group:
                 for device in devices:
-                    group.create_task(device.run(endpoint, stop))
+                    endpoints: list[Transport] = [tcp]
+                    if not without_quic:
+                        url, tickets = Url.parse(f"quic://localhost:{ports['quic']}"), data / "tickets"
+                        quic = QuicAioquic(url=url, tls=trust, ticket_folder=tickets / device.name)
+                        endpoints.insert(0, quic)
+                    group.create_task(device.run(endpoints, stop))
                 await asyncio.sleep(seconds)
                 stop.set()
             await until_stored(data / "telemetry.db", sum(device.published for device in devices))
         finally:
+            handshakes = broker.listeners().get("quic")
             code = await drain(pipeline)
+    if handshakes is not None:
+        console.print(by_quic(handshakes, devices))
     stored = Stored(data / "telemetry.db")
     with (data / "telemetry.jsonl").open("rb") as lines:
         logged = len({(line["topic"], line["value"]["timestamp"]) for line in map(json.loads, lines)})
@@ -158,6 +204,15 @@ async def demo(data: Path, seconds: float, console: Console) -> bool:
     if logged != published:
         console.print(f"the log holds {logged} of {published} messages")
     return code == 0 and logged == published and all(stored.distinct[d.name] == d.published for d in devices)
+
+
+def by_quic(handshakes: ListenerStatus, devices: list[Device]) -> str:
+    streams = 1 + max(device.streams for device in devices)
+    return (
+        f"quic        {handshakes.accepted} connections of up to {streams} streams, "
+        f"{handshakes.resumed} resumed\n"
+        f"            CONNECT came with the first packet of {handshakes.early_data_accepted} (0-RTT)\n"
+    )
 
 
 def summary(devices: list[Device], stored: Stored) -> Table:

@@ -102,4 +102,6 @@ def configure(log_format: str, level: str, *, debug: bool) -> None:
     )
     logging.basicConfig(handlers=[handler], level="DEBUG" if debug else level.upper(), force=True)
     logging.getLogger("asyncio").setLevel("DEBUG" if debug else "WARNING")
+    # aioquic's own words on each connection; what matters of them our messages say, with what to do
+    logging.getLogger("quic").setLevel("DEBUG" if debug or level == "debug" else "ERROR")
     logging.captureWarnings(True)

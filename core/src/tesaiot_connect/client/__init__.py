@@ -4,7 +4,15 @@ Owns: dialling, reconnecting, subscribing and publishing. Rule: it knows no tran
 """
 
 from .driver import Client
-from .options import ClientOptions, ClientState, ClientStatus, WillOptions
+from .options import ClientOptions, ClientState, ClientStatus, StreamRule, WillOptions
 from .shared import MqttConnection
 
-__all__ = ["Client", "ClientOptions", "ClientState", "ClientStatus", "MqttConnection", "WillOptions"]
+__all__ = [
+    "Client",
+    "ClientOptions",
+    "ClientState",
+    "ClientStatus",
+    "MqttConnection",
+    "StreamRule",
+    "WillOptions",
+]

@@ -19,23 +19,22 @@ from typing import NoReturn, Self, TypeVar
 from ..errors import ConnectFailed, ConnectorError, Disconnected, Refused
 from ..message import Batch, Delivery, Message
 from ..mqtt.client import ClientEngine
-from ..mqtt.events import Acknowledged, AuthChallenge, Closed, Connected, Event, Received, Suback
-from ..mqtt.packets import V3, V5, Connack, Subscription
+from ..mqtt.events import AuthChallenge, Closed, Connected, Event, Received, Send, Suback
+from ..mqtt.packets import V3, V5, Connack, Connect, Subscription
 from ..mqtt.properties import P
 from ..mqtt.reasons import R
 from ..mqtt.session import Session
 from ..mqtt.topics import check_filter
-from ..protocols import Auth, Credentials, Dialer, Pausable, Reader
-from .coalesce import Coalescer
+from ..protocols import Auth, ByteStream, ClientCertificate, Connection, Credentials, Dialer, Reader
 from .connection import Live
 from .handshake import connect_packet, explain
-from .inbox import Inbox, Switchboard
+from .inbox import Inbox, LazyReader, Switchboard
 from .options import ClientOptions, ClientState, ClientStatus
 from .outbox import Outbox
+from .placement import Placement
 
 log = logging.getLogger(__name__)
 
-_READ = 262_144
 _STABLE = 5.0
 """Seconds a connection must last for the reconnect delay to start afresh."""
 _LEAVE = 5.0
@@ -73,6 +72,10 @@ class Client:
         self._session = Session()
         self._switchboard = Switchboard()
         self._outbox = Outbox()
+        self._placement: Placement | None = None
+        if self._options.streams not in ("single", ()):
+            self._placement = Placement(self._options, keep_session=self._keep_session)
+        self._told_single = False
         self._task: asyncio.Task[None] | None = None
         self._live: Live | None = None
         self._connack: Connack | None = None
@@ -105,9 +108,10 @@ class Client:
         live, task = self._live, self._task
         try:
             if task is not None and live is not None and live.up:
+                await live.leave()
                 ends = not self._keep_session and self._version == V5
                 live.engine.disconnect(properties={P.SESSION_EXPIRY: 0} if ends else {})
-                live.wake.set()
+                live.notify()
                 await asyncio.wait([task], timeout=_LEAVE)
         finally:
             self._outbox.fail(closed)
@@ -143,9 +147,9 @@ class Client:
             if any(one.closed for inboxes in self._unsettled.values() for one in inboxes):
                 self._reconnect(live, "a subscription that was closed left messages unsettled")
             else:
-                live.subscribe(self._switchboard.inboxes)
+                live.subscribe()
         try:
-            yield _LazyReader(self, inbox)
+            yield LazyReader(self._start, inbox)
         finally:
             inbox.close()
 
@@ -163,7 +167,7 @@ class Client:
         self._start()
         done = self._outbox.add(messages)
         if self._live is not None:
-            self._flush(self._live)
+            self._live.flush()
         await done
 
     async def connected(self, *, once: bool = False) -> Connack:
@@ -195,8 +199,10 @@ class Client:
             connects=self._connects,
             received=self._received,
             published=self._outbox.published,
+            streams=self._live.streams if self._live is not None else 0,
             unrouted=self._switchboard.unrouted,
             last_error=str(self._failure or ""),
+            connection=self._live.connection.status() if self._live is not None else None,
         )
 
     def _start(self) -> None:
@@ -270,30 +276,37 @@ class Client:
         auth = self._auth
         login = await self._ask(auth.begin()) if auth is not None else None
         identity = await self._ask(auth.identity()) if auth is not None else None
-        connection = await self._dialer.connect(identity=identity)
-        try:
-            stream = await connection.open_stream()
-            credentials = login.credentials if login is not None else Credentials()
-            engine = ClientEngine(
-                connect_packet(
-                    self._options,
-                    credentials,
-                    client_id=self._client_id,
-                    version=self._version,
-                    keep_session=self._keep_session,
-                    first=not self._connects,
-                ),
-                self._session,
-                now=self._now(),
-                connect_timeout=self._options.connect_timeout,
+        credentials = login.credentials if login is not None else Credentials()
+        engine = self._engine(
+            connect_packet(
+                self._options,
+                credentials,
+                client_id=self._client_id,
+                version=self._version,
+                keep_session=self._keep_session,
+                first=not self._connects,
             )
+        )
+        connection, stream, first = await self._dial(engine, identity)
+        live = Live(
+            self._name,
+            connection,
+            stream,
+            engine,
+            login,
+            outbox=self._outbox,
+            switchboard=self._switchboard,
+            first=first,
+        )
+        try:
             connection.set_keepalive(self._options.keepalive)
             self._endpoint = connection.peer.address
             self._transport = connection.peer.transport
-            live = self._live = Live(self._name, connection, stream, engine, login)
-            await live.serve(self._read(live), lambda: self._flush(live))
+            self._live = live
+            await live.serve(lambda events, size: self._handle(live, events, size))
         finally:
             self._live = None
+            live.gone()
             connection.abort()
         broken = live.broken or Disconnected("the broker closed the connection")
         raise explain(
@@ -305,6 +318,40 @@ class Client:
             may_fall_back=self._options.protocol == "auto" and self._version == V5 and not broken.fix,
             fix=broken.fix,
         )
+
+    def _engine(self, connect: Connect) -> ClientEngine:
+        """With CONNECT in its output, and behind it what may be published early."""
+        engine = ClientEngine(
+            connect,
+            self._session,
+            now=self._now(),
+            connect_timeout=self._options.connect_timeout,
+            maximum_streams=self._options.max_streams + 1,
+        )
+        if self._options.early_publish:
+            known = self._connack if self._connects else None
+            self._outbox.offer_early(
+                lambda messages, keys: (engine.publish_early(messages, keys, known=known), {})
+            )
+        return engine
+
+    async def _dial(
+        self, engine: ClientEngine, identity: ClientCertificate | None
+    ) -> tuple[Connection, ByteStream, bytes]:
+        """A connection with its first stream, and what is still to be written there first."""
+        early = b"".join(output.data for output in engine.outputs() if isinstance(output, Send))
+        try:
+            connection = await self._dialer.connect(identity=identity, early=early)
+            try:
+                stream = await connection.open_stream()
+            except BaseException:
+                connection.abort()
+                raise
+        except BaseException:
+            self._outbox.put_back(engine.withdraw())
+            raise
+        engine.opened(self._now())
+        return connection, stream, b"" if connection.early_sent else early
 
     async def _ask(self, answer: Awaitable[T]) -> T:
         """An answer of the auth, which has as long as the broker has for its own."""
@@ -338,43 +385,11 @@ class Client:
 
     # --- one connection -------------------------------------------------------------------
 
-    async def _read(self, live: Live) -> None:
-        """Reads until the connection ends; the events happen here."""
-        engine, receive = live.engine, live.stream.receive
-        clock = asyncio.get_running_loop().time
-        coalescer = Coalescer(clock())
-        pausable = live.stream if isinstance(live.stream, Pausable) else None
-        switchboard = self._switchboard
-        while live.closed is None:
-            try:
-                data = await receive(_READ)
-            except Disconnected as error:
-                live.broken = live.broken or error
-                break
-            now = clock()
-            if not data:
-                await self._handle(live, engine.stream_eof(0, now=now), 0)
-                break
-            count, acknowledged = await self._handle(live, engine.receive_data(data, now=now), len(data))
-            self._flush(live)
-            if switchboard.full:
-                engine.pause_reading(now)
-                await switchboard.room()
-                engine.resume_reading(clock())
-                live.arm()
-            if pause := coalescer.pause(len(data), count, acknowledged, now):
-                if pausable is not None:
-                    pausable.pause()
-                await asyncio.sleep(pause)
-                coalescer.resumed(clock())
-
     async def _handle(self, live: Live, events: list[Event], size: int) -> tuple[int, bool]:
         """Acts on events. Returns how many messages came and whether some want acknowledgement."""
         count = 0
         acknowledged = False
-        for event in events:  # first, because what follows may fail or be cancelled
-            if isinstance(event, Acknowledged):
-                self._outbox.acknowledged(event.keys, event.refused)
+        live.absorb(events)  # first, because what follows may fail or be cancelled
         for event in events:
             if isinstance(event, Received):
                 count += len(event.messages)
@@ -409,7 +424,7 @@ class Client:
             self._unsettled[token] = inboxes
         elif token:
             live.engine.settle(token)
-            live.wake.set()
+            live.notify()
         if news and self._switchboard.unrouted:
             log.warning(
                 "%s: messages come that no source of this connection subscribes to, first on %s or after; "
@@ -431,7 +446,7 @@ class Client:
             self._session.settle_unconnected(token)
         elif current is live or self._session.unsettled:
             current.engine.settle(token)
-            current.wake.set()
+            current.notify()
 
     async def _accepted(self, live: Live, connack: Connack) -> None:
         data = connack.properties.get(P.AUTH_DATA)
@@ -442,25 +457,20 @@ class Client:
         self._connack = connack
         self._fatal = None
         self._failure = None
-        live.accepted = True
+        live.accept(self._placement)
         live.connection.set_keepalive(live.engine.keepalive)
-        live.arm()
         if not connack.session_present:
             self._switchboard.session_lost()
+        if self._placement is not None and not live.connection.multistream and not self._told_single:
+            self._told_single = True
+            log.info("%s: %s has one stream only: everything goes on it", self._name, self._transport)
         told = "session kept" if connack.session_present else "new session"
-        if live.subscribe(self._switchboard.inboxes):
+        if live.subscribe():
             told += ", subscribing"
         elif self._switchboard.inboxes:
             told += ", not subscribing again"
         self._set_state("connected")
         log.info("%s: connected to %s by %s, %s", self._name, self._endpoint, self._transport, told)
-
-    def _flush(self, live: Live) -> None:
-        """Offers what waits to be published, and has the writer look."""
-        if live.up:
-            self._outbox.offer(live.publish)
-        if live.engine.has_output:
-            live.wake.set()
 
     def _set_state(self, state: ClientState) -> None:
         self._state = state
@@ -470,15 +480,3 @@ class Client:
     def _announce(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-class _LazyReader:
-    """An inbox whose first read makes the client dial."""
-
-    def __init__(self, client: Client, inbox: Inbox) -> None:
-        self._client = client
-        self._inbox = inbox
-
-    async def read(self) -> Delivery:
-        self._client._start()
-        return await self._inbox.read()

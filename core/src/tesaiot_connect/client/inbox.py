@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ..errors import ConnectorError, Disconnected
 from ..message import Batch, Delivery, Message
@@ -30,6 +30,8 @@ class Inbox:
         self.identifier = identifier
         self.subscribed = False
         """The session at the broker is known to have the subscriptions."""
+        self.stream = 0
+        """The stream of the present connection that it was asked for on."""
         self.tagged = False
         """The broker was told the identifier with them."""
         self.closed = False
@@ -85,6 +87,18 @@ class Inbox:
         self._deliveries.clear()
         self._room.set()
         self.fail(error or Disconnected("this subscription was closed"))
+
+
+class LazyReader:
+    """An inbox whose first read makes the client dial: `start`."""
+
+    def __init__(self, start: Callable[[], None], inbox: Inbox) -> None:
+        self._start = start
+        self._inbox = inbox
+
+    async def read(self) -> Delivery:
+        self._start()
+        return await self._inbox.read()
 
 
 class Switchboard:

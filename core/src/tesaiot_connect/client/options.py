@@ -11,8 +11,8 @@ import attrs
 
 from ..backoff import Backoff
 from ..errors import ProtocolError
-from ..mqtt.topics import check_topic
-from ..protocols import Duration, Size
+from ..mqtt.topics import check_filter, check_topic
+from ..protocols import ConnectionStatus, Duration, Size
 
 
 def _client_id(_instance: Any, _field: Any, value: str) -> None:
@@ -30,6 +30,52 @@ def _topic(_instance: Any, _field: Any, value: str) -> None:
         check_topic(value)
     except ProtocolError as error:
         raise ValueError(f"{error.what}: a will goes to one topic, without wildcards") from error
+
+
+def _filter(_instance: Any, _field: Any, value: str) -> None:
+    try:
+        check_filter(value)
+    except ProtocolError as error:
+        raise ValueError(error.what) from error
+    if value.startswith("$share/"):
+        raise ValueError(f"{value!r} names a group of subscribers: write the filter behind the group alone")
+
+
+def _named(_instance: Any, _field: Any, value: str) -> None:
+    if not value:
+        raise ValueError("a stream needs a name, any name")
+
+
+def _rules(instance: Any, _field: Any, value: str | tuple[StreamRule, ...]) -> None:
+    if isinstance(value, str):
+        return
+    named = list(dict.fromkeys(rule.stream for rule in value))
+    if len(named) > instance.max_streams:
+        raise ValueError(
+            f"`streams` names {len(named)} streams ({', '.join(named)}), and max_streams is "
+            f"{instance.max_streams}: use fewer names, or raise max_streams as far as the broker allows"
+        )
+
+
+@attrs.frozen(kw_only=True)
+class StreamRule:
+    """Topics that have a stream of their own, where the transport has several (QUIC)."""
+
+    filter: str = attrs.field(
+        validator=_filter,
+        metadata={"help": "Topics that go on this stream. The first rule that matches a topic counts."},
+    )
+    stream: str = attrs.field(
+        validator=_named,
+        metadata={"help": "A name for the stream, of your choice; rules with the same name share one."},
+    )
+    priority: int = attrs.field(
+        default=0,
+        metadata={
+            "help": "When there is not room for all, streams of a higher priority are sent first. "
+            "The control stream has 0."
+        },
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -97,6 +143,35 @@ class ClientOptions:
     will: WillOptions | None = attrs.field(
         default=None, metadata={"help": "What the broker publishes when this client vanishes."}
     )
+    early_publish: bool = attrs.field(
+        default=False,
+        metadata={
+            "help": "Send QoS 1 messages that wait already right behind CONNECT, at most 16 of 8 KiB "
+            "together, instead of after CONNACK. Over QUIC with 0-RTT they go out with the first packet. An "
+            "attacker who replays that packet, or a lost answer, can make the broker get them twice."
+        },
+    )
+    streams: Literal["single", "per-topic", "per-qos"] | tuple[StreamRule, ...] = attrs.field(
+        default="single",
+        validator=_rules,
+        metadata={
+            "help": "How messages are spread over streams, where the transport has several (QUIC; elsewhere "
+            "all go on one): a lost packet then holds up only its own stream. `single` is one stream; "
+            "`per-topic` spreads topics over `max_streams` streams; `per-qos` gives QoS 0 and QoS 1 one "
+            "each; a list of rules gives topics their own, and subscriptions too, unless the session is to "
+            "be kept (`client_id` without `clean_session`). Order holds for each topic, not between topics. "
+            "QoS 2 is always on the control stream. A subscription on a stream of its own misses what "
+            "comes while it is disconnected, also at QoS 1."
+        },
+    )
+    max_streams: int = attrs.field(
+        default=8,
+        validator=[attrs.validators.ge(1), attrs.validators.le(16)],
+        metadata={
+            "help": "Streams that `streams` may open besides the control stream. Brokers commonly allow 9; "
+            "what a broker refuses goes on the control stream."
+        },
+    )
     reconnect: Backoff = attrs.field(
         factory=Backoff, metadata={"help": "Delays between attempts to connect, which never end."}
     )
@@ -121,6 +196,10 @@ class ClientStatus:
     """Connections that were accepted so far."""
     received: int = 0
     published: int = 0
+    streams: int = 0
+    """Data streams that are open now, besides the control stream."""
     unrouted: int = 0
     """Messages that no subscription of this client wanted (left over in an old session)."""
     last_error: str = ""
+    connection: ConnectionStatus | None = None
+    """What the transport says of the present connection."""

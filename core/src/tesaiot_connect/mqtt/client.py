@@ -60,8 +60,9 @@ class ClientEngine:
         self.connect = connect
         self.connack: Connack | None = None
         self.keepalive = connect.keepalive
-        self._session = session
+        self.session = session
         self._window = window
+        self._connect_timeout = connect_timeout
         self._ping_timeout = ping_timeout
         self._deadline: float | None = now + connect_timeout
         """CONNACK is due, later PINGRESP; None when nothing is awaited."""
@@ -89,6 +90,12 @@ class ClientEngine:
         return self._link.ready and not self._link.closed
 
     # --- input ----------------------------------------------------------------------------
+
+    def opened(self, now: float) -> None:
+        """The transport's connection is there: the time for CONNACK begins now. For an engine that
+        was made before, so that its first bytes could go along with the transport's handshake."""
+        self._deadline = now + self._connect_timeout
+        self._link.last_received = now
 
     def receive_data(self, data: bytes, *, stream: int = 0, now: float) -> list[Event]:
         """Takes what arrived on a stream."""
@@ -191,16 +198,9 @@ class ClientEngine:
         self._deadline = None
         self.connack = connack
         self.keepalive = found.get(P.SERVER_KEEP_ALIVE, self.keepalive)
-        peer = PeerLimits(
-            receive_maximum=found.get(P.RECEIVE_MAXIMUM, 65_535 if link.version == V5 else _WINDOW_V3),
-            maximum_packet_size=found.get(P.MAXIMUM_PACKET_SIZE, 268_435_460),
-            maximum_qos=found.get(P.MAXIMUM_QOS, 2),
-            retain_available=bool(found.get(P.RETAIN_AVAILABLE, 1)),
-            topic_alias_maximum=found.get(P.TOPIC_ALIAS_MAXIMUM, 0),
-        )
-        link.start(link.version, peer, self._window)
+        link.start(link.version, self._limits(connack), self._window)
         link.events.append(Connected(connack))
-        session = self._session
+        session = self.session
         if not connack.session_present:
             session.forget_inbound()
             # what the server had taken over (PUBREC) before it forgot the session is done
@@ -211,6 +211,16 @@ class ClientEngine:
                 link.events.append(Acknowledged(0, list(done.values()), {}))
         link.control.resume(dup=connack.session_present)
         link.release_held()
+
+    def _limits(self, connack: Connack) -> PeerLimits:
+        found, default = connack.properties, 65_535 if self._link.version == V5 else _WINDOW_V3
+        return PeerLimits(
+            receive_maximum=found.get(P.RECEIVE_MAXIMUM, default),
+            maximum_packet_size=found.get(P.MAXIMUM_PACKET_SIZE, 268_435_460),
+            maximum_qos=found.get(P.MAXIMUM_QOS, 2),
+            retain_available=bool(found.get(P.RETAIN_AVAILABLE, 1)),
+            topic_alias_maximum=found.get(P.TOPIC_ALIAS_MAXIMUM, 0),
+        )
 
     def _suback(self, flow: Flow, packet: SubackPacket) -> None:
         asked, count = self._asked.get(packet.packet_id, (None, 0))
@@ -279,7 +289,7 @@ class ClientEngine:
         """Unused on the stream, and unlike all that wait for an answer on any."""
         flows = self._link.flows
         self._asked = {key: one for key, one in self._asked.items() if one[0].stream in flows}
-        while (packet_id := self._session.next_id()) in self._asked or packet_id in flow.session.outbound:
+        while (packet_id := self.session.next_id()) in self._asked or packet_id in flow.session.outbound:
             pass
         return packet_id
 
@@ -290,6 +300,26 @@ class ClientEngine:
         for any message that the broker's announced limits exclude.
         """
         return self._link.publish(messages, keys, stream)
+
+    def publish_early(
+        self, messages: Sequence[Message], keys: Sequence[int], *, known: Connack | None = None
+    ) -> int:
+        """As `publish`, right behind CONNECT and before CONNACK; returns how many were taken.
+
+        Only QoS 1 from the front, at most 16 messages of 8 KiB together, into a session with
+        nothing in flight, without enhanced authentication. The server may get them twice. They
+        are in flight from now on: not sent again after CONNACK, but on the next connection if
+        this one ends before they are acknowledged, and refused if CONNACK excludes them.
+        `known` is what this server said last time, which is then kept to.
+        """
+        if self._link.closed or P.AUTH_METHOD in self.connect.properties:
+            return 0
+        limits = self._limits(known or Connack())
+        return self._link.control.publish_early(self.connect.version, limits, messages, keys)
+
+    def withdraw(self) -> list[int]:
+        """There will be no connection: gives back the keys of what was published early."""
+        return self._link.control.withdraw()
 
     def settle(self, token: int) -> None:
         """The messages of that `Received` are safe: PUBACK and PUBREC go out, in order of arrival.
@@ -323,3 +353,12 @@ class ClientEngine:
     def outputs(self) -> list[Output]:
         """What to write; call it after every other call."""
         return self._link.outputs()
+
+    def pending(self) -> list[int]:
+        """The streams on which something is to be written."""
+        return self._link.pending()
+
+    def take(self, stream: int) -> list[Output]:
+        """The part of `outputs` that is about one stream, for an owner who writes each by itself;
+        `Close` is about the control stream."""
+        return self._link.take(stream)

@@ -27,6 +27,9 @@ MAX_WINDOW = 65_000
 _CACHE_LIMIT = 4096
 _CACHED_TOPIC = 256
 """Bytes of a topic that is worth remembering."""
+_EARLY_MESSAGES = 16
+_EARLY_BYTES = 8192
+"""What may be sent before the peer has accepted the connection, which it may have to keep."""
 
 
 class PeerLimits(NamedTuple):
@@ -61,7 +64,6 @@ class Flow:
         self.send_buffer = send_buffer
         self.out: list[bytes] = []
         self.out_size = 0
-        self.fin = False
         self.receive_maximum = 65_535
         self.maximum_qos = 2
         self.retain_available = True
@@ -92,6 +94,8 @@ class Flow:
         self._unquoted: set[int] = set()
         """Identifiers whose PUBLISH went out on an earlier connection, so they took none of this quota."""
         self._dup = True
+        self._early: dict[int, int] = {}
+        """Identifiers of what went out before CONNACK, and the size of each PUBLISH in bytes."""
 
     def start(self, version: int, peer: PeerLimits, *, window: int = MAX_WINDOW) -> None:
         """The connection is accepted: messages may flow, within what the peer announced."""
@@ -103,10 +107,17 @@ class Flow:
     def resume(self, *, dup: bool) -> None:
         """Send again what is in flight in the session (section 4.4), as the window allows.
 
-        `dup` False: the peer has a new session, so the messages go out as new ones.
+        `dup` False: the peer has a new session, so the messages go out as new ones. What was
+        published early is on its way already; it counts against the window from now on.
         """
-        for packet_id, entry in self.session.outbound.items():
-            if entry.released:
+        for packet_id, entry in list(self.session.outbound.items()):
+            if packet_id in self._early:
+                if reason := self._excluded(entry.message, self._early[packet_id]):
+                    self.refused[entry.key] = reason
+                    del self.session.outbound[packet_id]
+                else:
+                    self._quota -= 1
+            elif entry.released:
                 self._unquoted.add(packet_id)
                 self.write(b"\x62\x02" + packet_id.to_bytes(2))
             else:
@@ -157,6 +168,51 @@ class Flow:
                 self._quota -= 1
                 room -= 1
         return taken
+
+    def publish_early(
+        self, version: int, peer: PeerLimits, messages: Sequence[Message], keys: Sequence[int]
+    ) -> int:
+        """As `publish`, right behind CONNECT; `peer` is what may be expected of it. Takes only QoS 1
+        from the front, a few kilobytes in all, and nothing where a session has anything in flight.
+        """
+        outbound, early = self.session.outbound, self._early
+        if self._window or len(outbound) > len(early):
+            return 0
+        self._v5 = version == V5
+        self._peer = peer._replace(topic_alias_maximum=0)
+        most = min(_EARLY_MESSAGES, peer.receive_maximum)
+        taken = 0
+        for message, key in zip(messages, keys, strict=True):
+            if message.qos != 1 or len(early) >= most:
+                break
+            count, size = len(self.out), self.out_size
+            packet_id = self.session.next_id()
+            if self._encode(message, packet_id, 0):
+                break
+            if sum(early.values()) + self.out_size - size > _EARLY_BYTES:
+                del self.out[count:]
+                self.out_size = size
+                break
+            early[packet_id] = self.out_size - size
+            outbound[packet_id] = InFlight(key, message)
+            taken += 1
+        return taken
+
+    def withdraw(self) -> list[int]:
+        """The keys of what was published early: the connection never came to be."""
+        outbound = self.session.outbound
+        keys = [outbound.pop(packet_id).key for packet_id in self._early]
+        self._early.clear()
+        return keys
+
+    def _excluded(self, message: Message, size: int) -> int:
+        """Why the peer would not take a PUBLISH of QoS 1 and that size; 0 if it would."""
+        peer = self._peer
+        if not peer.maximum_qos:
+            return R.QOS_NOT_SUPPORTED
+        if message.retain and not peer.retain_available:
+            return R.RETAIN_NOT_SUPPORTED
+        return R.PACKET_TOO_LARGE if size > peer.maximum_packet_size else 0
 
     def _encode(self, message: Message, packet_id: int, dup: int) -> int:
         """Appends one PUBLISH; or returns the reason code why the peer would not take it."""
@@ -229,7 +285,7 @@ class Flow:
 
     def _send_again(self) -> None:
         outbound = self.session.outbound
-        while self._resend and self._quota:
+        while self._resend and self._quota > 0:
             packet_id = self._resend.popleft()
             entry = outbound.get(packet_id)
             if entry is None:

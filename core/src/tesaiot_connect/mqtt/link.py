@@ -243,6 +243,24 @@ class Link:
             self._tail = []
         return found
 
+    def pending(self) -> list[int]:
+        """The streams that `take` would give something for."""
+        found = [flow.stream for flow in self.flows.values() if flow.out]
+        if self._tail:
+            found += [CONTROL if isinstance(one, Close) else one.stream for one in self._tail]
+        return found
+
+    def take(self, stream: int) -> list[Output]:
+        flow = self.flows.get(stream)
+        found: list[Output] = [Send(stream, flow.take())] if flow is not None and flow.out else []
+        if self._tail:
+            others: list[Output] = []
+            for one in self._tail:
+                of = CONTROL if isinstance(one, Close) else one.stream
+                (found if of == stream else others).append(one)
+            self._tail = others
+        return found
+
     def fail(self, flow: Flow, error: ProtocolError) -> None:
         """Answers a violation: a data stream is reset, on the control stream the connection ends."""
         if flow is not self.control:

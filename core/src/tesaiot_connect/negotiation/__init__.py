@@ -52,7 +52,7 @@ class InOrder:
         """Raises ConnectFailed with the reason of every endpoint tried, or Refused where each
         of them refused for good."""
         self.attempts = ()
-        for endpoint in self.endpoints:
+        for number, endpoint in enumerate(self.endpoints, 1):
             name, began = _name(endpoint), time.monotonic()
             try:
                 async with asyncio.timeout(self.timeout) as deadline:
@@ -68,6 +68,8 @@ class InOrder:
                 elif not isinstance(error, ConnectorError):
                     log.exception("the transport of %s failed in an unexpected way", name)
                 self._note(Attempt(name, time.monotonic() - began, reason))
+                if number < len(self.endpoints):
+                    log.info("%s; trying %s", reason, _name(self.endpoints[number]))
             else:
                 self._note(Attempt(name, time.monotonic() - began, None))
                 return connection

@@ -19,7 +19,7 @@ import msgspec
 
 from ..errors import ConnectorError
 from ..message import Message
-from ..protocols import Connection, Url
+from ..protocols import BoundUrl, Connection, ListenerStatus, Url
 from .access import Anonymous
 from .connection import ClientConnection
 from .hub import Hub
@@ -77,6 +77,7 @@ class Broker:
         self._clock = clock
         self._hub: Hub | None = None
         self._connections: set[ClientConnection] = set()
+        self._listeners: dict[str, str] = {}
         self._stopping = False
         self._refused = 0
 
@@ -112,6 +113,7 @@ class Broker:
                 for spec in listeners
             ]
             for spec, address in zip(listeners, addresses, strict=True):
+                self._listeners[spec.name] = address
                 log.info("listener %s on %s", spec.name, address)
                 if isinstance(spec.authenticator, Anonymous) and not _private(address):
                     log.warning(
@@ -122,6 +124,9 @@ class Broker:
                 yield addresses
             finally:
                 await self._goodbye()
+                for name, status in self.listeners().items():
+                    if status is not None:
+                        log.info("listener %s: %s", name, _figures(status))
 
     async def publish(self, messages: Sequence[Message]) -> None:
         """Publish as the broker itself; returns when it is as safe as an acknowledged message."""
@@ -150,6 +155,14 @@ class Broker:
             state_file_error=store.error if store is not None else None,
         )
 
+    def listeners(self) -> Mapping[str, ListenerStatus | None]:
+        """By name, how each listener is doing; None where its transport keeps no figures."""
+        self._serving()
+        return {
+            name: address.status() if isinstance(address, BoundUrl) else None
+            for name, address in self._listeners.items()
+        }
+
     def _serving(self) -> Hub:
         if self._hub is None:
             raise ConnectorError(
@@ -160,6 +173,7 @@ class Broker:
     def _forget(self) -> None:
         self._hub = None
         self._stopping = False
+        self._listeners.clear()
 
     def _handler(self, hub: Hub, spec: ListenerSpec) -> Callable[[Connection], Awaitable[None]]:
         async def serve(connection: Connection) -> None:
@@ -199,6 +213,26 @@ class Broker:
             if self._clock() - swept >= _SWEEP:
                 swept = self._clock()
                 hub.sweep()
+
+
+def _figures(status: ListenerStatus) -> str:
+    """What a listener did, in words; what never happened is left out."""
+    said = [f"{status.accepted} connections accepted"]
+    counts = {
+        "resumed": status.resumed,
+        "with early data": status.early_data_accepted,
+        "address validations": status.retries,
+        "migrations": status.migrations,
+        "stateless resets": status.stateless_resets,
+        "datagrams dropped": status.datagrams_dropped,
+    }
+    said += [f"{count} {what}" for what, count in counts.items() if count]
+    if status.refused:
+        why = ", ".join(f"{reason} {count}" for reason, count in status.refused.items())
+        said.append(f"{sum(status.refused.values())} refused ({why})")
+    if status.bytes_received or status.bytes_sent:
+        said.append(f"{status.bytes_received} bytes received and {status.bytes_sent} sent")
+    return ", ".join(said)
 
 
 def _private(address: str) -> bool:

@@ -1,13 +1,14 @@
 """One client's connection: its engine, its streams and its tasks.
 
-Owns: reading, writing and authentication of one transport connection. Rules: a client whose
-messages are not safe yet, or who does not take what it is sent, is not read; what waits to be
-written is bounded.
+Owns: reading, writing and authentication of one transport connection. Rules: a stream whose
+messages are not safe yet, or whose peer does not take what it is sent, is not read; what waits to
+be written is bounded; what happens to one data stream happens to no other.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Awaitable, Mapping, Sequence
@@ -33,41 +34,32 @@ from ..mqtt.packets import Connect
 from ..mqtt.properties import P
 from ..mqtt.reasons import R, words
 from ..mqtt.server import ServerEngine
-from ..protocols import Authenticator, ByteStream, Challenge, Connection, Credentials, Peer, Principal
+from ..protocols import (
+    Authenticator,
+    ByteStream,
+    Challenge,
+    Connection,
+    Credentials,
+    Peer,
+    Principal,
+    QuicState,
+)
 from .access import Anybody
 from .hub import Hub
 from .outbox import Outbox
 from .router import Filter
 from .sessions import ClientSession
+from .stream import ClientStream
 
 log = logging.getLogger(__name__)
 
 _CHUNK = 65536
 _GOODBYE = 2.0
 """Seconds the last bytes may take before the connection is cut."""
+_LINGER = 30.0
+"""Seconds a data stream that the client has ended may take to end on our side."""
 _REMEMBER = 500_000
 """Characters of the topics whose permission is remembered per connection."""
-
-
-class _Outlet:
-    """One stream's way out: what waits to be written, and whether it is a lot."""
-
-    def __init__(self, stream: ByteStream) -> None:
-        self.stream = stream
-        self.chunks: list[bytes] = []
-        self.size = 0
-        self.fin = False
-        self.work = asyncio.Event()
-        self.idle = asyncio.Event()
-        self.idle.set()
-
-    def add(self, data: bytes, fin: bool) -> None:
-        if data:
-            self.chunks.append(data)
-            self.size += len(data)
-        self.fin = self.fin or fin
-        self.work.set()
-        self.idle.clear()
 
 
 class ClientConnection:
@@ -79,14 +71,17 @@ class ClientConnection:
         self._authenticator = authenticator
         self._loop = asyncio.get_running_loop()
         self._engine = ServerEngine(hub.options.limits(), now=self._loop.time())
-        self._outlets: dict[int, _Outlet] = {}
+        self._streams: dict[int, ClientStream] = {}
+        """Those whose tasks run: open, or about to end."""
+        self._fewer = asyncio.Event()
+        """Set when one of them is done."""
         self._closed = asyncio.Event()
         self.over = asyncio.Event()
         """Set when `serve` is done."""
-        self._room = asyncio.Event()
-        self._unsettled = 0
         self._paused = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        """When the timer fires; a loop need not tell it of a timer that is due already."""
         self._leave: asyncio.TimerHandle | None = None
         self._connect: Connect | None = None
         self._challenge: Challenge | None = None
@@ -102,8 +97,8 @@ class ClientConnection:
     # --- what the hub asks for ------------------------------------------------------------
 
     def publish(self, stream: int, messages: Sequence[Message], keys: Sequence[int], /) -> int:
-        outlet = self._outlets.get(stream)
-        if outlet is None or outlet.size >= self._hub.options.send_buffer:
+        one = self._streams.get(stream)
+        if one is None or one.ending or one.size >= self._hub.options.send_buffer:
             return 0
         taken = self._engine.publish(messages, keys, stream=stream)
         if taken:
@@ -145,88 +140,97 @@ class ClientConnection:
             for timer in (self._timer, self._leave):
                 if timer is not None:
                     timer.cancel()
-            self._outlets.clear()
+            self._streams.clear()
             self._gone(None)
             self.over.set()
 
     async def _run(self, tasks: asyncio.TaskGroup) -> None:
+        """Take the client's streams. That there will be no more is not the end: what the streams
+        brought before is read, and the control stream tells of the end."""
         self._arm()
-        control = await self._connection.accept_stream()
-        self._open(0, control, tasks)
-        if not self._connection.multistream:
-            return
-        stream_id = 0
-        while True:
-            stream = await self._connection.accept_stream()
-            stream_id += 1
-            self._engine.stream_opened(stream_id, now=self._loop.time())
-            self._open(stream_id, stream, tasks)
-            self._flush()
+        most = 2 * self._hub.options.max_streams
+        try:
+            self._open(0, await self._connection.accept_stream(), tasks)
+            for number in itertools.count(1) if self._connection.multistream else ():
+                while len(self._streams) >= most:  # those that are about to end count too
+                    self._fewer.clear()
+                    await self._fewer.wait()
+                stream = await self._connection.accept_stream()
+                self._engine.stream_opened(number, now=self._loop.time())
+                self._open(number, stream, tasks)
+                self._flush()
+        except Disconnected as error:
+            log.debug("no more streams from %s: %s", self.peer.address, error)
+            if not self._streams:
+                self._closed.set()
 
-    def _open(self, stream_id: int, stream: ByteStream, tasks: asyncio.TaskGroup) -> None:
-        outlet = self._outlets[stream_id] = _Outlet(stream)
-        tasks.create_task(self._read(stream_id, stream))
-        tasks.create_task(self._write(stream_id, outlet))
+    def _open(self, number: int, stream: ByteStream, tasks: asyncio.TaskGroup) -> None:
+        one = self._streams[number] = ClientStream(number, stream)
+        tasks.create_task(self._serve_stream(one, tasks.create_task(self._write(one))))
 
-    async def _read(self, stream_id: int, stream: ByteStream) -> None:
-        engine, loop, store = self._engine, self._loop, self._hub.store
-        while not self._closed.is_set() and stream_id in self._outlets:
-            if self._must_wait():
-                await self._holding_back(self._until_room())
+    async def _serve_stream(self, one: ClientStream, writing: asyncio.Task[None]) -> None:
+        try:
+            await self._read(one)
+            await writing
+        finally:
+            one.forget()
+            self._streams.pop(one.number, None)
+            self._fewer.set()
+
+    async def _read(self, one: ClientStream) -> None:
+        engine, loop, store, number = self._engine, self._loop, self._hub.store, one.number
+        while not self._closed.is_set():
+            if self._must_wait(one):
+                await self._holding_back(one.wait_while(lambda: self._must_wait(one)))
             if store is not None and store.behind:
                 await self._holding_back(store.commit())
             try:
-                data = await stream.receive(_CHUNK)
+                data = await one.receive(_CHUNK)
             except Disconnected:
-                await self._handle(engine.stream_reset(stream_id, now=loop.time()))
+                await self._handle(engine.stream_reset(number, now=loop.time()))
+                if number:
+                    one.abort()
                 return
             if not data:
-                await self._handle(engine.stream_eof(stream_id, now=loop.time()))
+                if number:  # a client may end its side and still wait for acknowledgements
+                    await self._holding_back(one.wait_while(lambda: one.unsettled > 0 and not one.ending))
+                    one.abort_after(_LINGER)
+                await self._handle(engine.stream_eof(number, now=loop.time()))
                 return
-            await self._handle(engine.receive_data(data, stream=stream_id, now=loop.time()))
+            await self._handle(engine.receive_data(data, stream=number, now=loop.time()))
 
-    async def _write(self, stream_id: int, outlet: _Outlet) -> None:
-        stream = outlet.stream
+    async def _write(self, one: ClientStream) -> None:
         try:
-            while True:
-                await outlet.work.wait()
-                outlet.work.clear()
-                while outlet.chunks:
-                    data = b"".join(outlet.chunks)
-                    outlet.chunks.clear()
-                    await stream.send(data)
-                    outlet.size -= len(data)
-                    self._pump(stream_id)
-                    self._room.set()
-                if outlet.fin:
-                    self._outlets.pop(stream_id, None)
-                    await stream.aclose()
-                    return
-                outlet.idle.set()
+            await one.write(lambda: self._pump(one.number))
         except Disconnected:
-            await self._handle(self._engine.stream_reset(stream_id, now=self._loop.time()))
-        finally:
-            outlet.idle.set()
-            self._room.set()
+            one.abort_after(_GOODBYE)  # what it brought before, DISCONNECT perhaps, is still read
 
-    async def _until_room(self) -> None:
-        """Hold the client back while its messages are not safe, or it does not read our answers."""
-        while self._must_wait() and not self._closed.is_set():
-            self._room.clear()
-            await self._room.wait()
-
-    def _must_wait(self) -> bool:
+    def _must_wait(self, one: ClientStream) -> bool:
+        """While its messages are not safe, or the peer does not read our answers."""
+        if one.ending:
+            return False
+        if one.number and not self._engine.accepted:
+            return True  # the transport holds what comes before the client is known, within its window
         options = self._hub.options
-        return self._unsettled >= options.receive_maximum or any(
-            outlet.size > 2 * options.send_buffer for outlet in self._outlets.values()
-        )
+        return one.unsettled >= options.receive_maximum or one.size > 2 * options.send_buffer
 
     async def _say_goodbye(self) -> None:
-        """Let the last bytes go out, for a while."""
+        """Let the last bytes go out, for a while. A data stream that is stuck costs nobody else's."""
+        deadline = self._loop.time() + _GOODBYE
         try:
-            async with asyncio.timeout(_GOODBYE):
-                for outlet in list(self._outlets.values()):
-                    await outlet.idle.wait()
+            async with asyncio.timeout_at(deadline):
+                for one in list(self._streams.values()):
+                    await one.idle.wait()
+        except TimeoutError:
+            control = self._streams.get(0)
+            if control is not None and not control.idle.is_set():
+                self._connection.abort()
+                return
+            for one in self._streams.values():
+                if not one.idle.is_set():
+                    one.abort()
+        try:
+            async with asyncio.timeout_at(max(deadline, self._loop.time() + _GOODBYE / 2)):
                 await self._connection.aclose()
         except (TimeoutError, Disconnected):
             self._connection.abort()
@@ -234,22 +238,23 @@ class ClientConnection:
     def _flush(self) -> None:
         for output in self._engine.outputs():
             if type(output) is Send:
-                outlet = self._outlets.get(output.stream)
-                if outlet is not None:
-                    outlet.add(output.data, output.fin)
+                one = self._streams.get(output.stream)
+                if one is not None:
+                    one.add(output.data, fin=output.fin)
             elif type(output) is Reset:
-                outlet = self._outlets.pop(output.stream, None)
-                if outlet is not None:
-                    outlet.stream.abort(output.code)
+                one = self._streams.get(output.stream)
+                if one is not None:
+                    one.abort(output.code)
             elif type(output) is Close:
                 self._closed.set()
 
     def _arm(self) -> None:
         """Keep one timer for the engine; it may come early, never late."""
         due = self._engine.next_timeout()
-        if due is not None and (self._timer is None or due < self._timer.when() - 0.001):
+        if due is not None and (self._timer is None or due < self._due - 0.001):
             if self._timer is not None:
                 self._timer.cancel()
+            self._due = due
             self._timer = self._loop.call_at(due, self._on_time)
 
     def _on_time(self) -> None:
@@ -295,7 +300,7 @@ class ClientConnection:
         elif isinstance(event, SubscribeRequest):
             await self._subscribe(event)
         elif isinstance(event, UnsubscribeRequest):
-            outbox = self._outbox(event.stream)
+            outbox = self._outbox(event.stream, create=True)
             if outbox is not None:
                 codes = self._hub.unsubscribe(outbox, event.packet)
                 await self._on_disk(outbox)
@@ -361,14 +366,16 @@ class ClientConnection:
         if session.link is not self:
             return
         log.info(
-            "client %r connected from %s over %s",
-            session.client_id, self.peer.address, self.peer.transport,
+            "client %r connected from %s over %s%s",
+            session.client_id, self.peer.address, self.peer.transport, _how(self._connection),
         )  # fmt: skip
         self._engine.accept(
             session.state, now=self._loop.time(), session_present=present, properties=properties
         )
         self._connection.set_keepalive(self._engine.keepalive)
         self._flush()
+        for one in self._streams.values():
+            one.room.set()
         session.outbox.pump(self._hub.clock())
         await self._handle(self._engine.take_events())
 
@@ -387,13 +394,16 @@ class ClientConnection:
         if not wait or self._hub.store is None:
             self._settle(stream, token, reasons)
             return
+        one = self._streams.get(stream)
         count = len(ids) - ids.count(0)
-        self._unsettled += count
+        if one is not None:
+            one.unsettled += count
 
         def committed() -> None:
-            self._unsettled -= count
             self._settle(stream, token, reasons)
-            self._room.set()
+            if one is not None:
+                one.unsettled -= count
+                one.room.set()
 
         self._hub.store.when_committed(committed)
 
@@ -470,6 +480,9 @@ class ClientConnection:
         if session is None or session.link is not self:
             return None
         if create and stream not in session.outboxes:
+            one = self._streams.get(stream)
+            if one is None or one.ending:
+                return None
             session.outboxes[stream] = Outbox(session, stream, self._hub.usage)
         return session.outboxes.get(stream)
 
@@ -498,6 +511,17 @@ class ClientConnection:
             )
         if event is not None:
             self._closed.set()
+
+
+def _how(connection: Connection) -> str:
+    """What is worth telling about a connection's handshake."""
+    quic = connection.status().quic
+    if quic is None:
+        return ""
+    # before the handshake is complete only early data gets here (RFC 9001 section 5.7)
+    if quic.early_data_accepted or quic.state in (QuicState.INITIAL, QuicState.HANDSHAKE):
+        return ", resumed with 0-RTT"
+    return ", resumed" if quic.resumed else ""
 
 
 class _Over(Exception):

@@ -64,9 +64,12 @@ class BrokerOptions:
     max_inflight: int = attrs.field(default=1024, validator=[_at_least_one, _u16])
     """QoS 1 and 2 messages we have unacknowledged with a client; its own Receive Maximum holds too."""
     send_buffer: Size = attrs.field(default=Size(1024 * 1024), validator=_at_least_one)
-    """Unsent bytes per connection; beyond, QoS 0 messages are dropped and the others queued."""
+    """Unsent bytes per stream; beyond, QoS 0 messages are dropped and the others queued."""
+    max_streams: int = attrs.field(default=10, validator=_at_least_one)
+    """Streams of a connection at once, the control stream included, over a transport that has several;
+    each one beyond is reset with quota exceeded (0x97)."""
     topic_alias_maximum: int = attrs.field(default=32, validator=[_not_negative, _u16])
-    """Topic aliases per connection, each way."""
+    """Topic aliases per stream, each way."""
     maximum_qos: Literal[0, 1, 2] = 2
     """Higher ones are not accepted; MQTT 5 clients are told."""
     retain_available: bool = True
@@ -108,6 +111,7 @@ class BrokerOptions:
             outbound_window=self.max_inflight,
             send_buffer=self.send_buffer,
             connect_timeout=self.connect_timeout,
+            maximum_streams=self.max_streams,
             maximum_qos=self.maximum_qos,
             retain_available=self.retain_available,
         )

@@ -10,7 +10,7 @@ from .certificates import Certificates
 from .clock import ManualClock
 from .faults import Faulty
 from .kit import ContractBroken, TransportCheck
-from .pair import Network, PairTransport, connected_pair
+from .pair import Network, PairTransport, connected_bundle, connected_pair
 from .transport import check_transport, transport_checks
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "PairTransport",
     "TransportCheck",
     "check_transport",
+    "connected_bundle",
     "connected_pair",
     "transport_checks",
 ]

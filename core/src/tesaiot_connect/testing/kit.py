@@ -1,7 +1,8 @@
 """How a transport is checked: one connection over it, one sentence of the contract, no leftovers.
 
 Owns: the runner of a check and the tools that checks are written with; the checks themselves are
-in `transport`. Rule: what a check leaves behind (a task, a socket, a warning) is a failure too.
+in `transport` and `multistream`. Rule: what a check leaves behind (a task, a socket, a warning) is
+a failure too.
 """
 
 from __future__ import annotations
@@ -147,6 +148,17 @@ class TransportCheck:
 
     def _broken(self, seen: str) -> ContractBroken:
         return ContractBroken(f"{self.name}: the contract says: {self.rule} But {seen}")
+
+
+def rule(checks: list[TransportCheck], text: str) -> Callable[[Body], Body]:
+    """Makes a function the check of a sentence, the next one in the list."""
+
+    def register(body: Body) -> Body:
+        name = getattr(body, "__name__", "check").strip("_")
+        checks.append(TransportCheck(name, text, body))
+        return body
+
+    return register
 
 
 def _open_sockets() -> set[str]:

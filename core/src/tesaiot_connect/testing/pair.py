@@ -7,7 +7,8 @@ connection but no socket. Rule: its buffers are as bounded as real ones.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import ClassVar
 
@@ -51,18 +52,26 @@ class _Shared:
     """What both ends know."""
 
     def __init__(self) -> None:
-        self.aborted_by: PairStream | None = None
-        self.closed_by: PairStream | None = None
+        self.aborted_by: object | None = None
+        self.closed_by: object | None = None
         self.closed = asyncio.Event()
+
+    def reason_for(self, end: object) -> CloseReason | None:
+        if self.aborted_by is not None and self.aborted_by is not end:
+            return CloseReason(1, "the connection was reset by the peer", by_peer=True)
+        if self.closed_by is not None and self.closed_by is not end:
+            return CloseReason(0, "closed by the peer", by_peer=True)
+        return CloseReason(0, "closed on this side") if self.closed.is_set() else None
 
 
 class PairStream:
     """One end. A `ByteStream`."""
 
-    def __init__(self, inward: _Flow, outward: _Flow, shared: _Shared) -> None:
+    def __init__(self, inward: _Flow, outward: _Flow, shared: _Shared, ended: Callable[[], None]) -> None:
         self._in = inward
         self._out = outward
         self._shared = shared
+        self._ended = ended
         self._closed = False
         self.bytes_received = 0
         self.bytes_sent = 0
@@ -101,6 +110,11 @@ class PairStream:
                 return
             await flow.wait()
 
+    def send_early(self, data: bytes) -> None:
+        """Before anybody can wait for it, so whatever its size."""
+        self._out.data += data
+        self.bytes_sent += len(data)
+
     async def send_eof(self) -> None:
         self._out.ended = True
         self._out.notify()
@@ -121,15 +135,15 @@ class PairStream:
 
     @property
     def close_reason(self) -> CloseReason | None:
-        shared = self._shared
-        if shared.aborted_by is not None and shared.aborted_by is not self:
-            return CloseReason(1, "the connection was reset by the peer", by_peer=True)
-        if shared.closed_by is not None and shared.closed_by is not self:
-            return CloseReason(0, "closed by the peer", by_peer=True)
-        return CloseReason(0, "closed on this side") if shared.closed.is_set() else None
+        return self._shared.reason_for(self)
 
     async def wait_gone(self) -> None:
         await self._shared.closed.wait()
+
+    @property
+    def over(self) -> bool:
+        """Whether this end was closed, or either end aborted."""
+        return self._closed or self._shared.aborted_by is not None
 
     def _check_open(self) -> None:
         if self._closed:
@@ -144,6 +158,7 @@ class PairStream:
         self._shared.closed.set()
         self._in.notify()
         self._out.notify()
+        self._ended()
 
 
 class PairConnection:
@@ -157,6 +172,11 @@ class PairConnection:
         self._peer = peer
         self._accepted = accepted
         self._taken = False
+
+    def send_early(self, data: bytes) -> None:
+        """The first bytes of the dialling end, before anybody opens its stream."""
+        self._stream.send_early(data)
+        self.early_sent = True
 
     @property
     def peer(self) -> Peer:
@@ -205,6 +225,163 @@ class PairConnection:
         self._stream.abort(code)
 
 
+class _Bundle:
+    """What both ends of a connection with several streams know."""
+
+    def __init__(self, buffer: int, max_streams: int | None) -> None:
+        self.buffer = buffer
+        self.max_streams = max_streams
+        self.streams: list[tuple[PairStream, PairStream]] = []
+        """The dialling and the accepting end of each that is not over."""
+        self.waiting: deque[PairStream] = deque()
+        """Accepting ends that nobody took yet."""
+        self.past = ([0, 0], [0, 0])
+        """Bytes received and sent on streams that are over, for each end."""
+        self.last_received = [asyncio.get_running_loop().time()] * 2
+        self.shared = _Shared()
+        self._changed = asyncio.Event()
+
+    async def wait(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    def notify(self) -> None:
+        self._changed.set()
+
+    def open(self) -> PairStream:
+        """The dialling end of a new stream; the other one waits to be accepted."""
+        near, far = _stream_pair(self.buffer, self.notify)
+        self.streams.append((near, far))
+        self.waiting.append(far)
+        self.notify()
+        return near
+
+    def forget(self) -> None:
+        """The streams that are over."""
+        over = [ends for ends in self.streams if all(end.over for end in ends)]
+        for ends in over:
+            self.streams.remove(ends)
+            for side, end in enumerate(ends):
+                self.past[side][0] += end.bytes_received
+                self.past[side][1] += end.bytes_sent
+                self.last_received[side] = max(self.last_received[side], end.last_received)
+
+
+class BundleConnection:
+    """One end. A `Connection` with as many streams as the dialling end opens."""
+
+    multistream = True
+    early_sent = False
+
+    def __init__(self, bundle: _Bundle, peer: Peer, *, accepted: bool) -> None:
+        self._bundle = bundle
+        self._peer = peer
+        self._accepted = accepted
+        self._early: PairStream | None = None
+
+    def send_early(self, data: bytes) -> None:
+        """The first bytes of the dialling end's first stream."""
+        self._early = self._bundle.open()
+        self._early.send_early(data)
+        self.early_sent = True
+
+    @property
+    def peer(self) -> Peer:
+        return self._peer
+
+    async def open_stream(self, *, priority: int = 0) -> PairStream:
+        """Waits while there are as many as the network allows at a time."""
+        bundle = self._bundle
+        while True:
+            if bundle.shared.closed.is_set():
+                raise Disconnected("the connection is closed")
+            if self._accepted:
+                raise Unsupported("the dialling side opens the streams of a pair")
+            if self._early is not None:
+                stream, self._early = self._early, None
+                return stream
+            bundle.forget()
+            if bundle.max_streams is None or len(bundle.streams) < bundle.max_streams:
+                return bundle.open()
+            await bundle.wait()
+
+    async def accept_stream(self) -> PairStream:
+        bundle = self._bundle
+        while True:
+            if self._accepted and bundle.waiting:
+                return bundle.waiting.popleft()
+            if bundle.shared.closed.is_set():
+                raise Disconnected(f"no more streams: {self._reason.text}")
+            await bundle.wait()
+
+    @property
+    def _reason(self) -> CloseReason:
+        return self._bundle.shared.reason_for(self) or CloseReason()
+
+    def status(self) -> ConnectionStatus:
+        bundle, mine = self._bundle, self._mine()
+        reason, (received, sent) = bundle.shared.reason_for(self), bundle.past[self._accepted]
+        before = bundle.last_received[self._accepted]
+        return ConnectionStatus(
+            state=State.OPEN if reason is None else State.CLOSED,
+            last_received=max((stream.last_received for stream in mine), default=before),
+            bytes_received=received + sum(stream.bytes_received for stream in mine),
+            bytes_sent=sent + sum(stream.bytes_sent for stream in mine),
+            close_reason=reason,
+        )
+
+    def _mine(self) -> list[PairStream]:
+        return [ends[self._accepted] for ends in self._bundle.streams]
+
+    def set_keepalive(self, seconds: float) -> None:
+        pass
+
+    async def probe(self) -> None:
+        raise Unsupported("a pair has no path to probe")
+
+    async def migrate(self) -> None:
+        raise Unsupported("a pair has no address to leave")
+
+    async def wait_closed(self) -> CloseReason:
+        await self._bundle.shared.closed.wait()
+        return self._reason
+
+    async def aclose(self, code: int = 0, reason: str = "") -> None:
+        shared = self._bundle.shared
+        if not shared.closed.is_set():
+            shared.closed_by = self
+            shared.closed.set()
+            for stream in self._mine():
+                await stream.aclose()
+            self._bundle.notify()
+
+    def abort(self, code: int = 0) -> None:
+        shared = self._bundle.shared
+        if not shared.closed.is_set():
+            shared.aborted_by = self
+            shared.closed.set()
+            self._bundle.waiting.clear()
+            for stream in self._mine():
+                stream.abort(code)
+            self._bundle.notify()
+
+
+def _stream_pair(buffer: int, ended: Callable[[], None]) -> tuple[PairStream, PairStream]:
+    there, back, shared = _Flow(buffer), _Flow(buffer), _Shared()
+    return PairStream(back, there, shared, ended), PairStream(there, back, shared, ended)
+
+
+def connected_bundle(
+    buffer: int = BUFFER, *, max_streams: int | None = None
+) -> tuple[BundleConnection, BundleConnection]:
+    """As `connected_pair`, with many streams; `buffer` bounds each direction of each stream."""
+    bundle = _Bundle(buffer, max_streams)
+    return (
+        BundleConnection(bundle, Peer("listener", "pair"), accepted=False),
+        BundleConnection(bundle, Peer("dialler", "pair"), accepted=True),
+    )
+
+
 def connected_pair(
     buffer: int = BUFFER, *, certificate: bytes | None = None
 ) -> tuple[PairConnection, PairConnection]:
@@ -212,9 +389,7 @@ def connected_pair(
 
     `certificate` is what the accepting end sees as the client's verified certificate.
     """
-    there, back, shared = _Flow(buffer), _Flow(buffer), _Shared()
-    near = PairStream(back, there, shared)
-    far = PairStream(there, back, shared)
+    near, far = _stream_pair(buffer, lambda: None)
     return (
         PairConnection(near, Peer("listener", "pair"), accepted=False),
         PairConnection(far, Peer("dialler", "pair", certificate=certificate), accepted=True),
@@ -222,10 +397,24 @@ def connected_pair(
 
 
 class Network:
-    """Where pair listeners and diallers meet; instead of a machine's ports."""
+    """Where pair listeners and diallers meet; instead of a machine's ports.
 
-    def __init__(self, buffer: int = BUFFER) -> None:
+    `multistream`: its connections have many streams, at most `max_streams` at a time. `early`: what
+    `connect` is given as early bytes is sent with it. Both may be changed for later connections.
+    """
+
+    def __init__(
+        self,
+        buffer: int = BUFFER,
+        *,
+        multistream: bool = False,
+        max_streams: int | None = None,
+        early: bool = False,
+    ) -> None:
         self.buffer = buffer
+        self.multistream = multistream
+        self.max_streams = max_streams
+        self.early = early
         self._listeners: dict[str, Start] = {}
 
     def transport(self, url: str = "pair://broker") -> PairTransport:
@@ -247,7 +436,15 @@ class PairTransport:
         start = self.network._listeners.get(self.url.host)
         if start is None:
             raise ConnectFailed(f"nobody listens at {self.url}", fix="open the listener first")
-        near, far = connected_pair(self.network.buffer)
+        network = self.network
+        near: PairConnection | BundleConnection
+        far: PairConnection | BundleConnection
+        if network.multistream:
+            near, far = connected_bundle(network.buffer, max_streams=network.max_streams)
+        else:
+            near, far = connected_pair(network.buffer)
+        if early and network.early:
+            near.send_early(early)
 
         async def accepted() -> Connection:
             return far

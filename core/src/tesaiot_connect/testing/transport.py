@@ -1,6 +1,7 @@
 """The transport conformance kit: the contract of `Transport`, `Connection` and `ByteStream`, run.
 
-Owns: one check for each sentence of the contract that a caller relies on. Rule: a check can
+Owns: one check for each sentence of the contract that a caller relies on; those about several
+streams are in `multistream`. Rule: a check can
 fail; what it fails with is that sentence, and what was seen instead. No check depends on how
 fast the machine is: waiting is bounded by `timeout`, and running into it is a failure.
 
@@ -16,6 +17,7 @@ or, one test for each sentence:
 from __future__ import annotations
 
 import asyncio
+import functools
 import unittest
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +28,6 @@ from .kit import (
     GREETING,
     MIB,
     MOST_IN_FLIGHT,
-    Body,
     ContractBroken,
     Flood,
     Link,
@@ -39,10 +40,12 @@ from .kit import (
     pattern,
     read_all,
     read_exactly,
+    rule,
     send_until_broken,
     transfer,
     turns,
 )
+from .multistream import multistream_checks
 
 
 def check_transport(
@@ -83,13 +86,7 @@ transport_checks: list[TransportCheck] = []
 """Every check, in the order to fix them in."""
 
 
-def _rule(text: str) -> Callable[[Body], Body]:
-    def register(body: Body) -> Body:
-        name = getattr(body, "__name__", "check").strip("_")
-        transport_checks.append(TransportCheck(name, text, body))
-        return body
-
-    return register
+_rule = functools.partial(rule, transport_checks)
 
 
 @_rule("a transport is a class with `schemes`, `rank` and `races`; listening gives a URL it can dial.")
@@ -444,3 +441,6 @@ async def _cancelled_connect(link: Link) -> None:
                 (await connecting).abort()
             except asyncio.CancelledError:
                 pass
+
+
+transport_checks += multistream_checks

@@ -1,0 +1,626 @@
+"""A QUIC connection on the event loop: the contract's `Connection`, client or server.
+
+Owns: the streams, the timer, and the words for the end. Rules: everything that happens in one
+turn of the loop leaves in one flush; the timer may come early, never late; the endpoint below
+only moves datagrams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from aioquic.quic import events
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType
+
+from tesaiot_connect import (
+    CloseReason,
+    ConnectionStatus,
+    Disconnected,
+    Peer,
+    QuicState,
+    State,
+    Unsupported,
+)
+
+from .endpoint import NAME, Budget, Endpoint, Tuning, address_text
+from .explain import explain_close
+from .figures import Figures
+from .quic import Quic
+from .stream import CLOSE_TIMEOUT, QuicStream
+from .udp import Datagram
+
+log = logging.getLogger(__name__)
+
+_TIGHT = 16 * 1024
+"""Bytes a stream may leave unacknowledged while the listener holds as much as it may."""
+_BAD_CERTIFICATE = 42
+"""The TLS alert of that name."""
+_LOOK = 3.0
+"""Seconds of silence after which a client looks whether this machine's address is still the same, and, once
+after it has written something, whether the peer is still alive."""
+_SPREAD = 4
+"""Times the watermark of a stream that all streams of a connection may hold together."""
+
+
+class QuicConnection:
+    """A `Connection` with many streams, which the client opens."""
+
+    multistream = True
+
+    def __init__(
+        self, quic: Quic, endpoint: Endpoint, tuning: Tuning, budget: Budget, *, accepted: bool
+    ) -> None:
+        self.quic = quic
+        self.tuning = tuning
+        self.early_sent = False
+        self.local: Any = None
+        """Which of our addresses the peer talks to, where the socket has several."""
+        self.handshake: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when the handshake is complete; fails with the connection."""
+        self.closed_here = False
+        """`aclose` or `abort` was called."""
+        self.timed_out = False
+        """The handshake was given up."""
+        self._endpoint = endpoint
+        self._budget = budget
+        self._accepted = accepted
+        self._loop = asyncio.get_running_loop()
+        self._streams: dict[int, QuicStream] = {}
+        self._incoming: deque[QuicStream] = deque()
+        self._acceptor: asyncio.Future[None] | None = None
+        self._control: QuicStream | None = None
+        self._waiting: set[QuicStream] = set()
+        """Whose senders wait for room."""
+        self._flush_handle: asyncio.Handle | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._due = 0.0
+        self._last_ping = 0.0
+        self._last_look = 0.0
+        self._wrote = False
+        """Something was written since the last look."""
+        self._asked: float | None = None
+        """When the first packet went out that must be answered, and nothing has come since."""
+        self.figures = Figures(self._loop.time())
+        self._keepalive = tuning.keepalive
+        self._held = 0
+        self._pings: dict[int, asyncio.Future[None]] = {}
+        self._ping_id = 0
+        self._told_ready = False
+        self._end: CloseReason | None = None
+        self._error: Disconnected | None = None
+        self._gone: asyncio.Future[None] = self._loop.create_future()
+        self._sent: asyncio.Event = asyncio.Event()
+        """Set after each datagram that came: something may have been acknowledged."""
+        self._address: Any = quic.address
+
+    # --- the contract -------------------------------------------------------------------------
+
+    @property
+    def peer(self) -> Peer:
+        return Peer(
+            address_text(self.quic.address),
+            NAME,
+            secure=True,
+            alpn=self.quic.alpn,
+            certificate=self.quic.peer_certificate,
+        )
+
+    async def open_stream(self, *, priority: int = 0) -> QuicStream:
+        """Waits while the peer allows no more streams."""
+        if self._accepted:
+            raise Unsupported("in MQTT over QUIC only clients open streams", fix="use accept_stream here")
+        stream, self._control = self._control, None
+        while stream is None and not self.over and not self.quic.may_open_stream:
+            self._sent.clear()
+            await self._sent.wait()
+        if self.over:
+            raise self.gone()
+        stream = stream or self._new_stream()
+        self.quic.set_priority(stream.stream_id, priority)
+        return stream
+
+    def _new_stream(self) -> QuicStream:
+        stream_id = self.quic.next_stream_id()
+        stream = self._streams[stream_id] = QuicStream(self, stream_id)
+        return stream
+
+    async def accept_stream(self) -> QuicStream:
+        while not self._incoming:
+            if self.over:
+                raise self.gone()
+            if self._acceptor is not None:
+                raise RuntimeError("another task is accepting streams already")
+            acceptor = self._acceptor = self._loop.create_future()
+            try:
+                await acceptor
+            finally:
+                self._acceptor = None
+        if self.quic.stream_accepted():
+            self.schedule()
+        return self._incoming.popleft()
+
+    def _wake_acceptor(self) -> None:
+        if self._acceptor is not None and not self._acceptor.done():
+            self._acceptor.set_result(None)
+
+    def status(self) -> ConnectionStatus:
+        quic = self.quic
+        state = State.OPEN
+        if self._end is not None:
+            state = State.CLOSED if quic.state is QuicState.CLOSED else State.CLOSING
+        figures = self.figures
+        found = figures.snapshot(quic, self._loop.time())
+        return ConnectionStatus(
+            state=state,
+            last_received=figures.last_received,
+            bytes_received=figures.bytes_received,
+            bytes_sent=figures.bytes_sent,
+            rtt=found.rtt_smoothed,
+            lost=found.packets_lost,
+            migrations=figures.migrations,
+            close_reason=self._end,
+            quic=found,
+        )
+
+    def set_keepalive(self, seconds: float) -> None:
+        """The server's idle timeout follows it: 1.5 times, as MQTT has it (MQTT 5 section 3.1.2.10).
+
+        A client keeps the path open with PINGs of its own, see `keepalive` of the endpoint.
+        """
+        if self.over or not self._accepted:
+            return
+        idle = self.tuning.idle_timeout if seconds <= 0 else 1.5 * seconds + 1
+        self.quic.set_idle(idle, self._loop.time())
+        self.arm()
+
+    async def probe(self) -> None:
+        if self.over:
+            raise self.gone()
+        self._ping_id += 1
+        answer = self._pings[self._ping_id] = self._loop.create_future()
+        self.quic.send_ping(self._ping_id)
+        self.schedule()
+        try:
+            await answer
+        finally:
+            self._pings.pop(self._ping_id, None)
+        if self.over:
+            raise self.gone()
+
+    async def migrate(self) -> None:
+        """A new socket, a new connection id, the path validated; streams notice nothing."""
+        if self._accepted:
+            raise Unsupported("only the client of a QUIC connection moves", fix="ask the client")
+        if self.over:
+            raise self.gone()
+        if self.quic.stationary:
+            raise Unsupported("the broker does not allow its clients to move", fix="reconnect")
+        if not self.quic.can_migrate():
+            raise Unsupported("the broker gave no spare connection id to move with", fix="reconnect")
+        await self._endpoint.migrate(self)
+        await self.probe()
+
+    def moved(self) -> None:
+        """The endpoint has a new socket: go on from there."""
+        self.figures.migrations += 1
+        self.quic.change_connection_id()
+        self.ping()
+        log.info("%s: moved to another local address", self.tuning.place)
+
+    def ping(self) -> None:
+        """Something that the peer must answer."""
+        self._ping_id += 1
+        self.quic.send_ping(self._ping_id)
+        self.schedule()
+
+    async def wait_closed(self) -> CloseReason:
+        await asyncio.shield(self._gone)
+        assert self._end is not None
+        return self._end
+
+    async def aclose(self, code: int = 0, reason: str = "") -> None:
+        """What was sent is acknowledged first, for some seconds: a closing QUIC connection forgets it."""
+        self.closed_here = True
+        if self.over:
+            return
+        for stream in self._streams.values():
+            if stream.sends:
+                stream._end()
+        try:
+            await self.wait_sent(list(self._streams), CLOSE_TIMEOUT)
+        finally:
+            self._close(code, reason)
+
+    def abort(self, code: int = 0) -> None:
+        self.closed_here = True
+        self._close(code, "")
+
+    def _close(self, code: int, reason: str) -> None:
+        if self.over:
+            return
+        # an application close before the handshake is complete would tell a stranger too much:
+        # aioquic sends it as what it is only in 1-RTT packets (RFC 9000 section 10.2.3)
+        self.quic.close(code, None, reason[:200])
+        self._finish(CloseReason(code, reason or "closed on this side"))
+
+    # --- for its streams ----------------------------------------------------------------------
+
+    @property
+    def over(self) -> bool:
+        return self._end is not None
+
+    def gone(self) -> Disconnected:
+        """Why it is over, as an error to raise."""
+        error = self._error
+        if error is not None:
+            return Disconnected(error.what, fix=error.fix)
+        end = self._end
+        if end is None or not end.by_peer:
+            return Disconnected("the connection was closed on this side")
+        return Disconnected("the connection was closed by the peer")
+
+    def room(self, stream_id: int) -> int:
+        """Bytes that may be written to a stream now."""
+        most = self.tuning.send_buffer
+        if self._budget.tight:
+            most = min(most, _TIGHT)
+        held = self.quic.buffered(stream_id)
+        if len(self._streams) == 1:
+            return most - held
+        together = sum(self.quic.buffered(one) for one in self._streams)
+        return min(most - held, _SPREAD * most - together)
+
+    def waits(self, stream: QuicStream) -> None:
+        self._waiting.add(stream)
+
+    def write(self, stream_id: int, data: bytes, *, end: bool = False) -> None:
+        self.quic.send_stream_data(stream_id, data, end)
+        self._wrote = True
+        self.schedule()
+
+    def consumed(self, stream_id: int, count: int) -> None:
+        if self._end is None and self.quic.consumed(stream_id, count):
+            self.schedule()
+
+    def stop(self, stream_id: int) -> None:
+        if self.quic.receives(stream_id):
+            self.quic.stop_stream(stream_id, 0)
+            self.schedule()
+
+    def drop(self, stream_id: int, code: int) -> None:
+        self.figures.reset(code)
+        self.quic.drop(stream_id, code)
+        self.release(stream_id)
+        self.schedule()
+
+    def release(self, stream_id: int) -> None:
+        """The stream's owner is done with it."""
+        self._streams.pop(stream_id, None)
+        self.quic.forget(stream_id)
+
+    async def wait_sent(self, streams: Sequence[int], seconds: float) -> None:
+        """Returns when the peer has acknowledged everything, or time is up, or it is over."""
+        try:
+            async with asyncio.timeout(seconds):
+                while not self.over and not all(self.quic.sent_all(one) for one in streams):
+                    self._sent.clear()
+                    await self._sent.wait()
+        except TimeoutError:
+            pass
+
+    # --- for the endpoint ---------------------------------------------------------------------
+
+    def receive(self, datagrams: Sequence[Datagram], now: float) -> None:
+        """Takes what came; the flush follows in this turn of the loop, after those it wakes."""
+        if self.over:
+            return
+        quic = self.quic
+        before = quic.packets_received
+        for datagram in datagrams:
+            self.figures.bytes_received += len(datagram.data)
+            quic.take_datagram(datagram.data, datagram.address, now)
+        if quic.packets_received == before:
+            if not self._accepted and any(quic.is_stateless_reset(one.data) for one in datagrams):
+                self.lost(_forgotten(self.tuning.place), by_peer=True)
+                return
+        else:
+            self.figures.last_received = now
+            self._asked = None
+            self.local = datagrams[-1].local
+        self.handle()
+        if self._end is not None:
+            return
+        if self._accepted and quic.address != self._address:
+            if self._address is not None:
+                self.figures.migrations += 1
+                log.info(
+                    "a client moved from %s to %s",
+                    address_text(self._address),
+                    address_text(quic.address),
+                )
+            self._address = quic.address
+        self._sent.set()
+        if self._waiting:
+            self._wake_waiting()
+        self.schedule()
+
+    def _wake_waiting(self) -> None:
+        for stream in tuple(self._waiting):
+            if self.room(stream.stream_id) > 0:
+                self._waiting.discard(stream)
+                stream.wake_senders()
+
+    def handle(self) -> None:
+        """Acts on what aioquic has to say."""
+        quic = self.quic
+        for event in quic.take_events():
+            match event:
+                case events.StreamDataReceived(data=data, end_stream=end, stream_id=stream_id):
+                    stream = self._streams.get(stream_id) or self._opened(stream_id)
+                    if stream is not None:
+                        stream.fed(data, end)
+                    elif data:
+                        quic.discarded(len(data))
+                case events.StreamReset(error_code=code, stream_id=stream_id):
+                    self.figures.reset(code)
+                    stream = self._streams.get(stream_id) or self._opened(stream_id)
+                    if stream is not None:
+                        stream.was_reset(code)
+                case events.StopSendingReceived(error_code=code, stream_id=stream_id):
+                    self.figures.reset(code)
+                    stream = self._streams.get(stream_id)
+                    if stream is not None:
+                        stream.was_stopped(code)
+                case events.PingAcknowledged(uid=uid):
+                    answer = self._pings.get(uid)
+                    if answer is not None and not answer.done():
+                        answer.set_result(None)
+                case events.ConnectionIdIssued(connection_id=connection_id):
+                    self._endpoint.issued(self, connection_id)
+                case events.ConnectionIdRetired(connection_id=connection_id):
+                    self._endpoint.retired(self, connection_id)
+                case events.HandshakeCompleted():
+                    self._handshaken()
+        if quic.ending is not None:
+            self._ended()
+
+    def _handshaken(self) -> None:
+        self.quic.handshake_completed()
+        self.figures.handshake_time = self._loop.time() - self.figures.born
+        self._endpoint.handshaken(self)
+        if self.over:
+            return
+        if not self.handshake.done():
+            self.handshake.set_result(None)
+        self._tell_ready()
+
+    def _opened(self, stream_id: int) -> QuicStream | None:
+        """The peer's stream, new to us; None for one that we are done with."""
+        if not self._accepted or stream_id & 3 or stream_id < 4 * self.quic.streams_total:
+            return None
+        if self.quic.early_data_accepted:
+            self._tell_ready()
+        found = None
+        while self.quic.streams_total * 4 <= stream_id:
+            one = self.quic.streams_total * 4
+            self.quic.streams_total += 1
+            found = self._streams[one] = QuicStream(self, one)
+            self._incoming.append(found)
+        self._wake_acceptor()
+        return found
+
+    def _tell_ready(self) -> None:
+        if not self._told_ready:
+            self._told_ready = True
+            self._endpoint.ready(self)
+
+    def schedule(self) -> None:
+        """A flush, once those have run who were woken before."""
+        if self._flush_handle is None and not self.over:
+            self._flush_handle = self._loop.call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Sends what may be sent now and sets the timer."""
+        if self._flush_handle is not None:
+            self._flush_handle.cancel()
+            self._flush_handle = None
+        if self._endpoint.congested(self):
+            return
+        quic, now = self.quic, self._loop.time()
+        quic.renew_keys()
+        try:
+            found, more = quic.make_datagrams(now)
+        except Exception as error:
+            log.exception("%s: the connection failed", self.tuning.place)
+            quic.lost(QuicErrorCode.INTERNAL_ERROR, f"internal error: {error!r}")
+            self._ended()
+            return
+        start = 0
+        while start < len(found):
+            address = found[start][1]
+            end = start + 1
+            while end < len(found) and found[end][1] == address:
+                end += 1
+            datagrams = [one[0] for one in found[start:end]]
+            self.figures.bytes_sent += sum(map(len, datagrams))
+            self._endpoint.transmit(self, datagrams, address)
+            start = end
+        self.handle()  # the peer may use new connection ids as soon as they went out
+        if self.over:
+            return
+        self._account(now)
+        if self._asked is None and quic.waiting:
+            self._asked = now
+        if quic.ending is not None and not self.over:
+            self._ended()
+        if more:
+            self.schedule()
+        else:
+            self.arm()
+
+    def _account(self, now: float) -> None:
+        """Keeps the budget, and the time that the peer's flow control costs."""
+        quic = self.quic
+        held = sum(stream.size for stream in self._streams.values())
+        held += sum(quic.buffered(one) for one in self._streams)
+        self._budget.used += held - self._held
+        self._held = held
+        self.figures.blocked(bool(self._waiting) and quic.blocked, now)
+
+    def arm(self) -> None:
+        """One timer for everything that is due."""
+        if self.over:
+            return
+        due = self.quic.due()
+        if not self.handshake.done():
+            due = min(due, self.figures.born + self.tuning.handshake_timeout)
+        else:
+            due = min(due, self._ping_due(), self._look_due(), self._silence_due())
+        if due == math.inf:
+            return
+        if self._timer is not None:
+            if self._due <= due:
+                return
+            self._timer.cancel()
+        self._due = due
+        self._timer = self._loop.call_at(due, self._on_time)
+
+    def _ping_due(self) -> float:
+        """Often enough for both sides' idle timeouts."""
+        if not self._keepalive:
+            return math.inf
+        keepalive = min(self._keepalive, max(1.0, self.quic.idle_timeout / 3))
+        return max(self.figures.last_received, self._last_ping) + keepalive
+
+    def _look_due(self) -> float:
+        return math.inf if self._accepted else max(self.figures.last_received, self._last_look) + _LOOK
+
+    def _silence_due(self) -> float:
+        limit = self.tuning.path_timeout
+        return math.inf if self._accepted or self._asked is None or not limit else self._asked + limit
+
+    def _on_time(self) -> None:
+        self._timer = None
+        if self.over:
+            return
+        quic, now = self.quic, self._loop.time()
+        if not self.handshake.done():
+            if now >= self.figures.born + self.tuning.handshake_timeout:
+                self.timed_out = True
+                quic.lost(QuicErrorCode.NO_ERROR, "handshake timeout")
+                self._ended()
+                return
+        else:
+            if now >= self._silence_due():
+                self._silent(now)
+                return
+            if now >= self._ping_due():
+                self._last_ping = now
+                self.ping()
+            if now >= self._look_due():
+                self._last_look = now
+                self._endpoint.probing(self)
+                if self._wrote:  # the peer has that, and perhaps it died before it could answer
+                    self._wrote = False
+                    self.ping()
+        if now >= quic.due():
+            before = quic.probe_timeouts
+            quic.handle_timer(now)
+            self.handle()
+            if quic.probe_timeouts != before and self.handshake.done() and not self.over:
+                self._endpoint.probing(self)
+        if self._end is None:
+            self.flush()
+
+    def _silent(self, now: float) -> None:
+        """Packets are unanswered for longer than anybody should wait."""
+        assert self._asked is not None
+        what, fix = self._endpoint.silence(self)
+        told = f"{self.tuning.place} has not answered for {now - self._asked:.0f} s"
+        self.lost(Disconnected(f"{told}: {what}" if what else told, fix=fix))
+
+    def refuse(self, what: str, fix: str) -> None:
+        """The peer's certificate will not do, for a reason that aioquic does not look at."""
+        self._error = Disconnected(what, fix=fix)
+        self.quic.close(QuicErrorCode.CRYPTO_ERROR + _BAD_CERTIFICATE, QuicFrameType.CRYPTO, what)
+        self._finish(CloseReason(QuicErrorCode.CRYPTO_ERROR + _BAD_CERTIFICATE, what))
+
+    # --- the end ------------------------------------------------------------------------------
+
+    def lost(self, error: Disconnected, *, by_peer: bool = False) -> None:
+        """It is over without a word to the peer."""
+        if self.over:
+            return
+        self._error = error
+        self.quic.lost(QuicErrorCode.NO_ERROR, error.what)
+        self._finish(CloseReason(0, error.what, by_peer=by_peer))
+
+    def _ended(self) -> None:
+        """aioquic says that it is over."""
+        if self.over:
+            return
+        ending = self.quic.ending
+        assert ending is not None
+        by_peer = self.quic.closed_by_peer
+        what, fix = explain_close(
+            ending.error_code,
+            frame_type=ending.frame_type,
+            reason=ending.reason_phrase,
+            by_peer=by_peer,
+            handshake_done=self.handshake.done(),
+        )
+        if ending.frame_type is not None or ending.error_code:
+            self._error = Disconnected(f"{self.tuning.place}: {what}", fix=fix)
+        self._finish(CloseReason(ending.error_code, what, by_peer=by_peer))
+
+    def _finish(self, reason: CloseReason) -> None:
+        """From here on the peer gets nothing but what `quic` has to say last."""
+        self._end = reason
+        if self._flush_handle is not None:
+            self._flush_handle.cancel()
+            self._flush_handle = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        try:
+            for data, address in self.quic.datagrams_to_send(self._loop.time()):
+                self.figures.bytes_sent += len(data)
+                self._endpoint.transmit(self, [data], address)
+        except Exception as error:  # noqa: BLE001 - it is over in any case
+            log.debug("%s: the last packet could not be made: %r", self.tuning.place, error)
+        self.figures.finish(self.quic, self._loop.time())
+        self._budget.used -= self._held
+        self._held = 0
+        if not self.handshake.done():
+            self.handshake.set_exception(self.gone())
+            self.handshake.exception()  # somebody may not be waiting for it
+        for answer in self._pings.values():
+            if not answer.done():
+                answer.set_result(None)
+        for stream in self._streams.values():
+            stream.wake()
+        self._wake_acceptor()
+        self._sent.set()
+        self._gone.set_result(None)
+        self._endpoint.released(self)
+
+    # --- early data ---------------------------------------------------------------------------
+
+    def send_early(self, data: bytes) -> None:
+        """Client: the first bytes of the control stream, before the first flush."""
+        self._control = self._new_stream()
+        self.quic.send_stream_data(self._control.stream_id, data)
+        self._wrote = True
+        self.early_sent = True
+
+
+def _forgotten(place: str) -> Disconnected:
+    return Disconnected(
+        f"{place} does not know this connection any more (stateless reset): it was restarted, or "
+        "another machine answers at its address now"
+    )
