@@ -124,12 +124,11 @@ def test_paho_sends_a_big_message_there_and_back(bridge: Bridge, version: int) -
         assert one.take(1)[0].payload == payload
 
 
-@pytest.mark.parametrize("version", [4, 5])
-def test_mqtt_js_reaches_our_broker(bridge: Bridge, version: int) -> None:
+def test_mqtt_js_reaches_our_broker(bridge: Bridge) -> None:
     node = program("node", "nodejs")
     if not (JS / "node_modules" / "mqtt").is_dir():
         program("a copy of MQTT.js in tests/js", "npm ci in tests/js")
-    command = [node, str(JS / "roundtrip.js"), str(bridge.port), str(version)]
+    command = [node, str(JS / "roundtrip.js"), str(bridge.port), "5"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=80, check=False)
     assert (done.returncode, done.stdout) == (0, "ok\n"), done.stderr
 

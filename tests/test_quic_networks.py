@@ -25,6 +25,7 @@ from tesaiot_connect import (
     Reader,
 )
 from tesaiot_connect.testing import Certificates
+from tesaiot_connect_quic_aioquic import liveness
 
 pytestmark = pytest.mark.root
 
@@ -168,7 +169,11 @@ def test_a_link_that_goes_and_comes_back_with_another_address(moved: Moved) -> N
     moved.run(test)
 
 
-def test_a_client_that_only_listens_notices_its_new_address(moved: Moved) -> None:
+def test_a_client_that_only_listens_notices_its_new_address(
+    moved: Moved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "_LOOK", 0.5)
+
     async def test(client: Client, dialer: Keeping) -> None:
         async with client.subscribe(["to/me"]) as reader:
             reading = asyncio.create_task(reader.read())
@@ -251,7 +256,7 @@ def test_a_path_that_is_gone_is_noticed(moved: Moved) -> None:
             began = loop.time()
             error = await ending
             assert loop.time() - began < 10
-            assert f"quic://{moved.lab.server}:{PORT} has not answered for 1 s" in error.what
+            assert "has not answered for 1 s" in error.what
             assert "UDP is blocked" in error.fix
             await apart(moved.lab.heal)
 
@@ -360,7 +365,7 @@ def test_a_path_that_becomes_too_narrow_for_quic(moved: Moved) -> None:
             await client.publish([Message(TOPIC, b"%-*d" % (5000, -2))])
             await asyncio.wait([ending], timeout=0.01)
         error = await ending
-        assert f"quic://{moved.lab.server}:{PORT} has not answered for 1 s" in error.what
+        assert "has not answered for 1 s" in error.what
         assert "packets of 1228 bytes, and this one takes 1100" in error.what
 
     moved.run(test, path_timeout=1.0, keepalive=1.0)

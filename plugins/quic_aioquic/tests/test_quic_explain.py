@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from tesaiot_connect import ServerTls, TlsOptions
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_quic_aioquic.certificates import ServerIdentity, client_trust
-from tesaiot_connect_quic_aioquic.explain import STATELESS_RESET, explain_close, explain_silence
+from tesaiot_connect_quic_aioquic.explain import explain_close, explain_silence
 
 CLIENT, SERVER = ("192.0.2.1", 1000), ("192.0.2.2", 14567)
 
@@ -304,11 +304,6 @@ def test_a_broker_that_wants_a_client_certificate() -> None:
     what, fix = explain_close(0x174, frame_type=0, reason="", by_peer=True, handshake_done=True)
     assert "wants a client certificate" in what
     assert "mqtts://" in fix
-
-
-def test_a_stateless_reset() -> None:
-    what, _ = explain_close(0, frame_type=0, reason=STATELESS_RESET, by_peer=True, handshake_done=True)
-    assert "stateless reset" in what
 
 
 def test_codes_nobody_knows() -> None:

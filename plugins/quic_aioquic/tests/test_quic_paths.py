@@ -16,11 +16,12 @@ from aioquic.quic.configuration import QuicConfiguration
 
 from tesaiot_connect import Connection, TlsOptions, Url
 from tesaiot_connect.testing import Certificates
-from tesaiot_connect_quic_aioquic import QuicAioquic, connection as connection_module
+from tesaiot_connect_quic_aioquic import QuicAioquic, liveness
 from tesaiot_connect_quic_aioquic.certificates import ServerIdentity, client_trust
 from tesaiot_connect_quic_aioquic.connection import QuicConnection
 from tesaiot_connect_quic_aioquic.dial import ClientEndpoint
-from tesaiot_connect_quic_aioquic.quic import Quic, Windows
+from tesaiot_connect_quic_aioquic.endpoint import Windows
+from tesaiot_connect_quic_aioquic.quic import Quic
 
 CLIENT, SERVER = ("192.0.2.1", 1), ("192.0.2.2", 2)
 
@@ -148,7 +149,7 @@ def test_who_has_written_asks_whether_the_peer_is_alive(
     certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Once. A peer that died with our words would not be missed until the keepalive."""
-    monkeypatch.setattr(connection_module, "_LOOK", 0.05)
+    monkeypatch.setattr(liveness, "_LOOK", 0.05)
 
     async def work(connection: QuicConnection) -> None:
         pings: list[None] = []
@@ -178,7 +179,7 @@ def test_an_address_that_was_asked_for_is_kept(
     certificates: Certificates, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`local_address` need not be the one that the routing table prefers."""
-    monkeypatch.setattr(connection_module, "_LOOK", 0.02)
+    monkeypatch.setattr(liveness, "_LOOK", 0.02)
 
     async def work(connection: QuicConnection) -> None:
         endpoint = cast("ClientEndpoint", connection._endpoint)

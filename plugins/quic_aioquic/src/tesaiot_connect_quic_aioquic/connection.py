@@ -8,9 +8,10 @@ only moves datagrams.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import math
-from collections import deque
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,16 +23,15 @@ from tesaiot_connect import (
     ConnectionStatus,
     Disconnected,
     Peer,
-    QuicState,
-    State,
     Unsupported,
 )
 
 from .endpoint import NAME, Budget, Endpoint, Tuning, address_text
-from .explain import explain_close
+from .explain import explain_close, forgotten
 from .figures import Figures
+from .liveness import Liveness
 from .quic import Quic
-from .stream import CLOSE_TIMEOUT, QuicStream
+from .stream import CLOSE_TIMEOUT, Incoming, QuicStream
 from .udp import Datagram
 
 log = logging.getLogger(__name__)
@@ -40,9 +40,6 @@ _TIGHT = 16 * 1024
 """Bytes a stream may leave unacknowledged while the listener holds as much as it may."""
 _BAD_CERTIFICATE = 42
 """The TLS alert of that name."""
-_LOOK = 3.0
-"""Seconds of silence after which a client looks whether this machine's address is still the same, and, once
-after it has written something, whether the peer is still alive."""
 _SPREAD = 4
 """Times the watermark of a stream that all streams of a connection may hold together."""
 
@@ -71,22 +68,15 @@ class QuicConnection:
         self._accepted = accepted
         self._loop = asyncio.get_running_loop()
         self._streams: dict[int, QuicStream] = {}
-        self._incoming: deque[QuicStream] = deque()
-        self._acceptor: asyncio.Future[None] | None = None
+        self._incoming = Incoming()
         self._control: QuicStream | None = None
         self._waiting: set[QuicStream] = set()
         """Whose senders wait for room."""
         self._flush_handle: asyncio.Handle | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
-        self._last_ping = 0.0
-        self._last_look = 0.0
-        self._wrote = False
-        """Something was written since the last look."""
-        self._asked: float | None = None
-        """When the first packet went out that must be answered, and nothing has come since."""
         self.figures = Figures(self._loop.time())
-        self._keepalive = tuning.keepalive
+        self._liveness = Liveness(self.figures, tuning, client=not accepted)
         self._held = 0
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._ping_id = 0
@@ -130,42 +120,15 @@ class QuicConnection:
         return stream
 
     async def accept_stream(self) -> QuicStream:
-        while not self._incoming:
-            if self.over:
-                raise self.gone()
-            if self._acceptor is not None:
-                raise RuntimeError("another task is accepting streams already")
-            acceptor = self._acceptor = self._loop.create_future()
-            try:
-                await acceptor
-            finally:
-                self._acceptor = None
+        stream = await self._incoming.take()
+        if stream is None:
+            raise self.gone()
         if self.quic.stream_accepted():
             self.schedule()
-        return self._incoming.popleft()
-
-    def _wake_acceptor(self) -> None:
-        if self._acceptor is not None and not self._acceptor.done():
-            self._acceptor.set_result(None)
+        return stream
 
     def status(self) -> ConnectionStatus:
-        quic = self.quic
-        state = State.OPEN
-        if self._end is not None:
-            state = State.CLOSED if quic.state is QuicState.CLOSED else State.CLOSING
-        figures = self.figures
-        found = figures.snapshot(quic, self._loop.time())
-        return ConnectionStatus(
-            state=state,
-            last_received=figures.last_received,
-            bytes_received=figures.bytes_received,
-            bytes_sent=figures.bytes_sent,
-            rtt=found.rtt_smoothed,
-            lost=found.packets_lost,
-            migrations=figures.migrations,
-            close_reason=self._end,
-            quic=found,
-        )
+        return self.figures.status(self.quic, self._loop.time(), self._end)
 
     def set_keepalive(self, seconds: float) -> None:
         """The server's idle timeout follows it: 1.5 times, as MQTT has it (MQTT 5 section 3.1.2.10).
@@ -181,14 +144,13 @@ class QuicConnection:
     async def probe(self) -> None:
         if self.over:
             raise self.gone()
-        self._ping_id += 1
-        answer = self._pings[self._ping_id] = self._loop.create_future()
-        self.quic.send_ping(self._ping_id)
-        self.schedule()
+        answer = self._loop.create_future()
+        ping = self.ping()
+        self._pings[ping] = answer
         try:
             await answer
         finally:
-            self._pings.pop(self._ping_id, None)
+            del self._pings[ping]
         if self.over:
             raise self.gone()
 
@@ -212,11 +174,12 @@ class QuicConnection:
         self.ping()
         log.info("%s: moved to another local address", self.tuning.place)
 
-    def ping(self) -> None:
-        """Something that the peer must answer."""
+    def ping(self) -> int:
+        """Something that the peer must answer. Gives its number."""
         self._ping_id += 1
         self.quic.send_ping(self._ping_id)
         self.schedule()
+        return self._ping_id
 
     async def wait_closed(self) -> CloseReason:
         await asyncio.shield(self._gone)
@@ -243,8 +206,6 @@ class QuicConnection:
     def _close(self, code: int, reason: str) -> None:
         if self.over:
             return
-        # an application close before the handshake is complete would tell a stranger too much:
-        # aioquic sends it as what it is only in 1-RTT packets (RFC 9000 section 10.2.3)
         self.quic.close(code, None, reason[:200])
         self._finish(CloseReason(code, reason or "closed on this side"))
 
@@ -280,7 +241,7 @@ class QuicConnection:
 
     def write(self, stream_id: int, data: bytes, *, end: bool = False) -> None:
         self.quic.send_stream_data(stream_id, data, end)
-        self._wrote = True
+        self._liveness.wrote()
         self.schedule()
 
     def consumed(self, stream_id: int, count: int) -> None:
@@ -315,6 +276,13 @@ class QuicConnection:
 
     # --- for the endpoint ---------------------------------------------------------------------
 
+    def send_early(self, data: bytes) -> None:
+        """Client: the first bytes of the control stream, before the first flush."""
+        self._control = self._new_stream()
+        self.quic.send_stream_data(self._control.stream_id, data)
+        self._liveness.wrote()
+        self.early_sent = True
+
     def receive(self, datagrams: Sequence[Datagram], now: float) -> None:
         """Takes what came; the flush follows in this turn of the loop, after those it wakes."""
         if self.over:
@@ -326,11 +294,11 @@ class QuicConnection:
             quic.take_datagram(datagram.data, datagram.address, now)
         if quic.packets_received == before:
             if not self._accepted and any(quic.is_stateless_reset(one.data) for one in datagrams):
-                self.lost(_forgotten(self.tuning.place), by_peer=True)
+                self.lost(forgotten(), by_peer=True)
                 return
         else:
             self.figures.last_received = now
-            self._asked = None
+            self._liveness.heard()
             self.local = datagrams[-1].local
         self.handle()
         if self._end is not None:
@@ -338,22 +306,15 @@ class QuicConnection:
         if self._accepted and quic.address != self._address:
             if self._address is not None:
                 self.figures.migrations += 1
-                log.info(
-                    "a client moved from %s to %s",
-                    address_text(self._address),
-                    address_text(quic.address),
-                )
+                old, new = address_text(self._address), address_text(quic.address)
+                log.info("a client moved from %s to %s", old, new)
             self._address = quic.address
         self._sent.set()
-        if self._waiting:
-            self._wake_waiting()
-        self.schedule()
-
-    def _wake_waiting(self) -> None:
         for stream in tuple(self._waiting):
             if self.room(stream.stream_id) > 0:
                 self._waiting.discard(stream)
                 stream.wake_senders()
+        self.schedule()
 
     def handle(self) -> None:
         """Acts on what aioquic has to say."""
@@ -410,8 +371,7 @@ class QuicConnection:
             one = self.quic.streams_total * 4
             self.quic.streams_total += 1
             found = self._streams[one] = QuicStream(self, one)
-            self._incoming.append(found)
-        self._wake_acceptor()
+            self._incoming.put(found)
         return found
 
     def _tell_ready(self) -> None:
@@ -440,28 +400,25 @@ class QuicConnection:
             quic.lost(QuicErrorCode.INTERNAL_ERROR, f"internal error: {error!r}")
             self._ended()
             return
-        start = 0
-        while start < len(found):
-            address = found[start][1]
-            end = start + 1
-            while end < len(found) and found[end][1] == address:
-                end += 1
-            datagrams = [one[0] for one in found[start:end]]
-            self.figures.bytes_sent += sum(map(len, datagrams))
-            self._endpoint.transmit(self, datagrams, address)
-            start = end
+        self._transmit(found)
         self.handle()  # the peer may use new connection ids as soon as they went out
         if self.over:
             return
         self._account(now)
-        if self._asked is None and quic.waiting:
-            self._asked = now
+        if quic.waiting:
+            self._liveness.sent(now)
         if quic.ending is not None and not self.over:
             self._ended()
         if more:
             self.schedule()
         else:
             self.arm()
+
+    def _transmit(self, found: Sequence[tuple[bytes, Any]]) -> None:
+        for address, run in itertools.groupby(found, operator.itemgetter(1)):
+            datagrams = [data for data, _ in run]
+            self.figures.bytes_sent += sum(map(len, datagrams))
+            self._endpoint.transmit(self, datagrams, address)
 
     def _account(self, now: float) -> None:
         """Keeps the budget, and the time that the peer's flow control costs."""
@@ -480,7 +437,7 @@ class QuicConnection:
         if not self.handshake.done():
             due = min(due, self.figures.born + self.tuning.handshake_timeout)
         else:
-            due = min(due, self._ping_due(), self._look_due(), self._silence_due())
+            due = min(due, self._liveness.due(self.quic.idle_timeout))
         if due == math.inf:
             return
         if self._timer is not None:
@@ -489,20 +446,6 @@ class QuicConnection:
             self._timer.cancel()
         self._due = due
         self._timer = self._loop.call_at(due, self._on_time)
-
-    def _ping_due(self) -> float:
-        """Often enough for both sides' idle timeouts."""
-        if not self._keepalive:
-            return math.inf
-        keepalive = min(self._keepalive, max(1.0, self.quic.idle_timeout / 3))
-        return max(self.figures.last_received, self._last_ping) + keepalive
-
-    def _look_due(self) -> float:
-        return math.inf if self._accepted else max(self.figures.last_received, self._last_look) + _LOOK
-
-    def _silence_due(self) -> float:
-        limit = self.tuning.path_timeout
-        return math.inf if self._accepted or self._asked is None or not limit else self._asked + limit
 
     def _on_time(self) -> None:
         self._timer = None
@@ -516,18 +459,15 @@ class QuicConnection:
                 self._ended()
                 return
         else:
-            if now >= self._silence_due():
+            liveness = self._liveness
+            if liveness.silent(now):
                 self._silent(now)
                 return
-            if now >= self._ping_due():
-                self._last_ping = now
-                self.ping()
-            if now >= self._look_due():
-                self._last_look = now
+            look, ask = liveness.look(now)
+            if look:
                 self._endpoint.probing(self)
-                if self._wrote:  # the peer has that, and perhaps it died before it could answer
-                    self._wrote = False
-                    self.ping()
+            if liveness.ping(now, quic.idle_timeout) or ask:
+                self.ping()
         if now >= quic.due():
             before = quic.probe_timeouts
             quic.handle_timer(now)
@@ -539,9 +479,10 @@ class QuicConnection:
 
     def _silent(self, now: float) -> None:
         """Packets are unanswered for longer than anybody should wait."""
-        assert self._asked is not None
+        asked = self._liveness.asked
+        assert asked is not None
         what, fix = self._endpoint.silence(self)
-        told = f"{self.tuning.place} has not answered for {now - self._asked:.0f} s"
+        told = f"the broker has not answered for {now - asked:.0f} s"
         self.lost(Disconnected(f"{told}: {what}" if what else told, fix=fix))
 
     def refuse(self, what: str, fix: str) -> None:
@@ -575,7 +516,8 @@ class QuicConnection:
             handshake_done=self.handshake.done(),
         )
         if ending.frame_type is not None or ending.error_code:
-            self._error = Disconnected(f"{self.tuning.place}: {what}", fix=fix)
+            place = "" if self.handshake.done() else f"{self.tuning.place}: "  # later, others name it
+            self._error = Disconnected(f"{place}{what}", fix=fix)
         self._finish(CloseReason(ending.error_code, what, by_peer=by_peer))
 
     def _finish(self, reason: CloseReason) -> None:
@@ -588,9 +530,7 @@ class QuicConnection:
             self._timer.cancel()
             self._timer = None
         try:
-            for data, address in self.quic.datagrams_to_send(self._loop.time()):
-                self.figures.bytes_sent += len(data)
-                self._endpoint.transmit(self, [data], address)
+            self._transmit(self.quic.make_datagrams(self._loop.time())[0])
         except Exception as error:  # noqa: BLE001 - it is over in any case
             log.debug("%s: the last packet could not be made: %r", self.tuning.place, error)
         self.figures.finish(self.quic, self._loop.time())
@@ -604,23 +544,7 @@ class QuicConnection:
                 answer.set_result(None)
         for stream in self._streams.values():
             stream.wake()
-        self._wake_acceptor()
+        self._incoming.end()
         self._sent.set()
         self._gone.set_result(None)
         self._endpoint.released(self)
-
-    # --- early data ---------------------------------------------------------------------------
-
-    def send_early(self, data: bytes) -> None:
-        """Client: the first bytes of the control stream, before the first flush."""
-        self._control = self._new_stream()
-        self.quic.send_stream_data(self._control.stream_id, data)
-        self._wrote = True
-        self.early_sent = True
-
-
-def _forgotten(place: str) -> Disconnected:
-    return Disconnected(
-        f"{place} does not know this connection any more (stateless reset): it was restarted, or "
-        "another machine answers at its address now"
-    )

@@ -49,6 +49,16 @@ class Endpoint(Protocol):
     async def migrate(self, connection: QuicConnection) -> None: ...
 
 
+@attrs.frozen
+class Windows:
+    """What the peer may send ahead of the application: bytes for a stream and for all, and streams."""
+
+    stream: int
+    connection: int
+    streams: int
+    """Streams that the peer may have open; 0 for a client, since only clients open streams in MQTT."""
+
+
 @attrs.define
 class Budget:
     """Bytes that all connections of an endpoint hold in this process, and may hold."""

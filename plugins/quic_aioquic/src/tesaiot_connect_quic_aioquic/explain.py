@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 
-STATELESS_RESET = "Stateless reset"
+from tesaiot_connect import Disconnected
+
 IDLE_TIMEOUT = "Idle timeout"
 NO_COMMON_VERSION = "Could not find a common protocol version"
 """Reasons of closes that no frame announces; the last two are aioquic's words."""
@@ -238,11 +239,6 @@ def explain_close(
     """
     if frame_type is None:
         return _application(code, _clean(reason), by_peer)
-    if reason == STATELESS_RESET:
-        return (
-            "the peer does not know the connection any more (stateless reset): it was restarted",
-            "connect again",
-        )
     if reason == IDLE_TIMEOUT and not by_peer:
         if handshake_done:
             return (
@@ -261,6 +257,14 @@ def explain_close(
     if code == 0 and not handshake_done:
         what, fix = "the connection was closed before its handshake was complete", _log(by_peer)
     return _attributed(what, _clean(reason), by_peer), fix
+
+
+def forgotten() -> Disconnected:
+    """A stateless reset came (RFC 9000 section 10.3)."""
+    return Disconnected(
+        "the broker does not know this connection any more (stateless reset): it was restarted, or another "
+        "machine answers at its address now"
+    )
 
 
 def explain_silence(

@@ -10,7 +10,7 @@ from typing import Literal
 
 import attrs
 
-from tesaiot_connect import QuicState, QuicStatus
+from tesaiot_connect import CloseReason, ConnectionStatus, QuicState, QuicStatus, State
 
 from .quic import Quic
 
@@ -52,6 +52,24 @@ class Figures:
         final = self.snapshot(quic, now)
         quic.released()
         self._final = attrs.evolve(final, state=QuicState.CLOSED, states=tuple(quic.states))
+
+    def status(self, quic: Quic, now: float, end: CloseReason | None) -> ConnectionStatus:
+        """`end` is how it ended, if it has."""
+        found = self.snapshot(quic, now)
+        state = State.OPEN
+        if end is not None:
+            state = State.CLOSED if found.state is QuicState.CLOSED else State.CLOSING
+        return ConnectionStatus(
+            state=state,
+            last_received=self.last_received,
+            bytes_received=self.bytes_received,
+            bytes_sent=self.bytes_sent,
+            rtt=found.rtt_smoothed,
+            lost=found.packets_lost,
+            migrations=self.migrations,
+            close_reason=end,
+            quic=found,
+        )
 
     def snapshot(self, quic: Quic, now: float) -> QuicStatus:
         if self._final is not None:

@@ -34,16 +34,20 @@ from tesaiot_connect import Disconnected, ListenerStatus
 
 from .certificates import ServerIdentity
 from .connection import QuicConnection
-from .endpoint import Budget, Tuning, address_text
+from .endpoint import Budget, Tuning, Windows, address_text
 from .issued import IssuedTickets
-from .quic import RESET_TOKEN, Quic, Windows, reset_token
+from .quic import Quic
+from .resets import LEAST_RESET, RESET_TOKEN, reset_token
 from .udp import Address, Datagram, UdpSocket
 
 log = logging.getLogger(__name__)
 
 CONNECTION_ID = 8
 """Bytes of our connection ids."""
-_LEAST_RESET = 5 + RESET_TOKEN
+_CLOSING = 1.0
+"""Seconds after its end that a connection's packets are ignored; then they get a stateless reset."""
+_DEPARTED = 10_000
+"""Connection ids remembered for that."""
 _ANSWERS = 1000
 """Datagrams a second that may answer strangers (stateless resets, refusals, versions)."""
 _LINES = 10
@@ -145,6 +149,8 @@ class ServerEndpoint:
         self._routes: dict[bytes, QuicConnection] = {}
         self._ids: dict[QuicConnection, set[bytes]] = {}
         """The same, by connection."""
+        self._departed: dict[bytes, float] = {}
+        """Ids of connections that ended a moment ago: what still comes for them is no surprise."""
         self._connections: dict[QuicConnection, UdpSocket] = {}
         self._handshakes: set[QuicConnection] = set()
         self._waiting: set[QuicConnection] = set()
@@ -349,14 +355,15 @@ class ServerEndpoint:
 
         Always smaller than what it answers, so that two such servers cannot keep each other busy.
         """
-        size = min(len(datagram.data) - 1, 2 * _LEAST_RESET)
-        if size < _LEAST_RESET or not self._answers.take(now):
+        size = min(len(datagram.data) - 1, 2 * LEAST_RESET)
+        connection_id = datagram.data[1 : 1 + CONNECTION_ID]
+        closing = now < self._departed.get(connection_id, 0.0)
+        if closing or size < LEAST_RESET or not self._answers.take(now):
             self._dropped += 1
             return
         self._resets += 1
         noise = bytearray(os.urandom(size - RESET_TOKEN))
         noise[0] = noise[0] & 0x3F | 0x40
-        connection_id = datagram.data[1 : 1 + CONNECTION_ID]
         self._answer(udp, datagram, bytes(noise) + reset_token(self._reset_key, connection_id))
 
     @staticmethod
@@ -412,8 +419,14 @@ class ServerEndpoint:
         self._migrations += connection.figures.migrations
         self._connections.pop(connection, None)
         self._waiting.discard(connection)
+        now = self._loop.time()
         for connection_id in self._ids.pop(connection, ()):
             self._routes.pop(connection_id, None)
+            self._departed[connection_id] = now + _CLOSING
+        while self._departed and (
+            len(self._departed) > _DEPARTED or next(iter(self._departed.values())) < now
+        ):
+            self._departed.pop(next(iter(self._departed)))
 
     def probing(self, connection: QuicConnection) -> None:
         """The client moves, not we."""

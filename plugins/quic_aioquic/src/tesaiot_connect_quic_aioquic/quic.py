@@ -7,14 +7,11 @@ doubles them, so an unread peer is never held back); time is an argument.
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import math
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import attrs
 from aioquic import tls
 from aioquic._buffer import Buffer
 from aioquic.quic.configuration import SMALLEST_MAX_DATAGRAM_SIZE, QuicConfiguration
@@ -35,7 +32,9 @@ from cryptography.x509 import Certificate
 
 from tesaiot_connect import QuicState
 
+from .endpoint import Windows
 from .pacer import Pacer
+from .resets import is_reset, reset_token
 
 log = logging.getLogger(__name__)
 
@@ -48,23 +47,6 @@ _BLACK_HOLE = 2
 """Probes in a row without an answer from which datagrams are small: the path may have a smaller MTU now."""
 _REASON = 100
 """Characters of a close reason that the peer is told."""
-RESET_TOKEN = 16
-"""Bytes of a stateless reset token (RFC 9000 section 10.3)."""
-
-
-def reset_token(key: bytes, connection_id: bytes) -> bytes:
-    """The token of a connection id: the same after a restart with the same key."""
-    return hmac.digest(key, connection_id, hashlib.sha256)[:RESET_TOKEN]
-
-
-@attrs.frozen
-class Windows:
-    """What the peer may send ahead of the application: bytes for a stream and for all, and streams."""
-
-    stream: int
-    connection: int
-    streams: int
-    """Streams that the peer may have open; 0 for a client, since only clients open streams in MQTT."""
 
 
 class Quic(AioquicConnection):
@@ -505,12 +487,8 @@ class Quic(AioquicConnection):
 
     def is_stateless_reset(self, data: bytes) -> bool:
         """Whether a datagram says that the peer knows nothing of this connection any more."""
-        if len(data) < 5 + RESET_TOKEN or data[0] & 0x80:
-            return False
-        tail, told = data[-RESET_TOKEN:], False
-        for one in (self._peer_cid, *self._peer_cid_available):
-            told |= bool(one.stateless_reset_token) and hmac.compare_digest(tail, one.stateless_reset_token)
-        return told
+        known = (self._peer_cid, *self._peer_cid_available)
+        return is_reset(data, [one.stateless_reset_token for one in known])
 
     def lost(self, code: int, reason: str) -> None:
         """It is over without another word (stateless reset, a dead path)."""

@@ -223,3 +223,42 @@ class QuicStream:
         self._chunks.clear()
         if size:
             self._connection.consumed(self.stream_id, size)
+
+
+class Incoming:
+    """Streams that the peer opened and nobody has accepted yet."""
+
+    def __init__(self) -> None:
+        self._streams: deque[QuicStream] = deque()
+        self._acceptor: asyncio.Future[None] | None = None
+        self._ended = False
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    def put(self, stream: QuicStream) -> None:
+        self._streams.append(stream)
+        self._wake()
+
+    def end(self) -> None:
+        """There will be no more."""
+        self._ended = True
+        self._wake()
+
+    async def take(self) -> QuicStream | None:
+        """The next one; None when there will be none. Cancel-safe."""
+        while not self._streams:
+            if self._ended:
+                return None
+            if self._acceptor is not None:
+                raise RuntimeError("another task is accepting streams already")
+            acceptor = self._acceptor = asyncio.get_running_loop().create_future()
+            try:
+                await acceptor
+            finally:
+                self._acceptor = None
+        return self._streams.popleft()
+
+    def _wake(self) -> None:
+        if self._acceptor is not None and not self._acceptor.done():
+            self._acceptor.set_result(None)

@@ -43,18 +43,20 @@ from tesaiot_connect import (
 from .certificates import ServerIdentity, Trust, client_trust
 from .connection import QuicConnection
 from .dial import ClientEndpoint, alternate, race, resolve, unsupported_identity
-from .endpoint import Budget, Tuning, address_text
+from .endpoint import Budget, Tuning, Windows, address_text
 from .explain import explain_silence
 from .issued import IssuedTickets
 from .listener import CONNECTION_ID, Limits, ServerEndpoint
 from .qlog import QlogFolder
-from .quic import Quic, Windows
+from .quic import Quic
 from .tickets import TicketKey, Tickets, default_folder
 from .udp import Address, UdpSocket, open_socket
 
 _VERSIONS = {1: QuicProtocolVersion.VERSION_1, 2: QuicProtocolVersion.VERSION_2}
 _CLIENT_IDLE = 45.0
 _LISTENER_IDLE = 3600.0
+_TICKETS = 100_000
+_TICKETS_IN_MEMORY = 10_000  # about 1 KB each
 
 
 def _option(default: Any, text: str, **more: Any) -> Any:
@@ -101,7 +103,7 @@ class QuicAioquic:
         converter=attrs.converters.optional(Path),
     )
     congestion_control: Literal["reno", "cubic"] = _option(
-        "cubic", "Congestion control. Names what is sent, not what is received."
+        "cubic", "Congestion control of what this side sends."
     )
     max_datagram_size: Size = _option(
         Size(1200),
@@ -387,7 +389,8 @@ class QuicAioquic:
         with contextlib.ExitStack() as stack:
             # accepted early data must not meet smaller limits than it was promised (RFC 9000 7.4.1)
             scope = f"{self.alpn} {self.stream_window} {self.connection_window} {self.max_streams}"
-            tickets = IssuedTickets(self.state_file, scope=scope)
+            limit = _TICKETS if self.state_file is not None else _TICKETS_IN_MEMORY
+            tickets = IssuedTickets(self.state_file, scope=scope, limit=limit)
             stack.callback(tickets.close)
             sockets = await self._bind()
             port = sockets[0].getsockname()[1]
