@@ -28,6 +28,7 @@ LOSS = 0.02  # each way
 RATE = 200.0  # messages a second
 TOPICS = 16
 FRAMES = 600_000
+CLIENTS = 2000
 
 Row = dict[str, object]
 Pin = Callable[[int], Callable[[], None] | None]
@@ -120,6 +121,54 @@ def endpoint(folder: Path, repetitions: int, scale: float, only: str, pin: Pin) 
         yield row(
             case, statistics.median(ours[case]), statistics.median(peer), "aioquic asyncio", "k frames/s"
         )
+
+
+# --- idle connections ---------------------------------------------------------------------
+
+
+def idle_memory(who: str, clients: int, folder: Path, ca: Path) -> float:
+    """KiB of the listener's memory for each connection."""
+    command = [sys.executable, str(HERE / "idle.py")]
+
+    def start(*words: object) -> subprocess.Popen[str]:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        return subprocess.Popen([*command, *map(str, words)], text=True, **pipes)  # type: ignore[call-overload,no-any-return]
+
+    def told(process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        return process.stdout.readline()
+
+    def ask(process: subprocess.Popen[str]) -> int:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+        return int(told(process))
+
+    with start("serve", who, folder, clients) as server:
+        try:
+            port = told(server).split()[1]
+            with start("hold", port, ca, 20) as few:  # so that what is loaded once is there
+                told(few)
+                few.communicate("\n")
+            before = ask(server)
+            with start("hold", port, ca, clients) as many:
+                if told(many) != "held\n":
+                    raise Unavailable("the clients could not connect")
+                after = ask(server)
+                many.communicate("\n")
+        finally:
+            server.kill()
+    return (after - before) / clients / 1024
+
+
+def idle(folder: Path, scale: float, only: str) -> Iterator[Row]:
+    if only in "quic-idle-memory":
+        found = keys(folder)
+        for source, name in zip(found, ("ca.pem", "cert.pem", "key.pem"), strict=True):
+            shutil.copy(source, folder / name)
+        clients = max(100, int(CLIENTS * scale))
+        ours, peer = (idle_memory(who, clients, folder, found.ca) for who in ("ours", "aioquic"))
+        yield row("quic-idle-memory", ours, peer, "aioquic asyncio", "KiB/client")
 
 
 # --- long paths ---------------------------------------------------------------------------
@@ -271,6 +320,7 @@ def rows(folder: Path, repetitions: int, scale: float, only: str, pin: Pin) -> I
     yield from endpoint(folder, repetitions, scale, only, pin)
     dials = max(1, min(15, round(15 * scale)))
     for case in (
+        lambda: idle(folder, scale, only),
         lambda: connect(folder, dials, only),
         lambda: loss(folder, max(1, repetitions // 2), scale, only),
     ):

@@ -30,6 +30,7 @@ from .endpoint import NAME, Budget, Endpoint, Tuning, address_text
 from .explain import explain_close, forgotten
 from .figures import Figures
 from .liveness import Liveness
+from .pacer import TICK
 from .quic import Quic
 from .stream import CLOSE_TIMEOUT, Incoming, QuicStream
 from .udp import Datagram
@@ -407,8 +408,6 @@ class QuicConnection:
         self._account(now)
         if quic.waiting:
             self._liveness.sent(now)
-        if quic.ending is not None and not self.over:
-            self._ended()
         if more:
             self.schedule()
         else:
@@ -444,8 +443,8 @@ class QuicConnection:
             if self._due <= due:
                 return
             self._timer.cancel()
-        self._due = due
-        self._timer = self._loop.call_at(due, self._on_time)
+        self._due = max(due, self._loop.time() + TICK)
+        self._timer = self._loop.call_at(self._due, self._on_time)
 
     def _on_time(self) -> None:
         self._timer = None

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 _BURST = 16
 """Datagrams that may leave at once however low the rate (RFC 9002 section 7.7 allows about ten)."""
-_TICK = 0.002
-"""Seconds of sending that may leave at once: event loops wake up about every millisecond, so a finer
-pace would only spin."""
+TICK = 0.001
+"""Seconds: event loops wake up about that often, and a finer timer would only spin."""
 _FLUSH = 32
 """Datagrams that are made before those before them go out."""
 
@@ -54,7 +53,7 @@ class Pacer:
             self._since = now
         if self._credit > 0:
             return None
-        return now + max(_TICK / 2, self._packet_time - self._credit)
+        return now + max(TICK, self._packet_time - self._credit)
 
     def update_after_send(self, now: float) -> None:
         self._left -= 1
@@ -64,4 +63,4 @@ class Pacer:
     def update_rate(self, congestion_window: int, smoothed_rtt: float) -> None:
         # 5/4 of the window a round trip, so that pacing never limits what the window allows
         self._packet_time = self._size * smoothed_rtt / (1.25 * congestion_window)
-        self._most = max(_BURST * self._packet_time, _TICK)
+        self._most = max(_BURST * self._packet_time, 2 * TICK)
