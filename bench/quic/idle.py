@@ -1,8 +1,8 @@
 """Memory of idle connections: a listener that tells its size, and the clients that it holds.
 
-    idle.py serve ours|aioquic FOLDER CLIENTS   prints "port N", then its size in bytes for each line on stdin
-    idle.py serve WHO FOLDER CLIENTS     WHO is ours or aioquic; prints "port N", then its size in bytes for each
-                                        line on stdin
+    idle.py serve WHO FOLDER CLIENTS     WHO is ours or aioquic; prints "port N", then its size in
+                                         bytes for each line on stdin
+    idle.py hold PORT CA CLIENTS         connects, uses a stream of each, prints "held", waits for stdin
 
 FOLDER holds cert.pem and key.pem.
 """
