@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,13 @@ def test_it_is_a_transport_and_a_listener() -> None:
     recipe = QuicAioquic(Url.parse("quic://localhost"))
     assert isinstance(recipe, Transport)
     assert isinstance(recipe, Listener)
+
+
+def test_reading_the_recipe_loads_no_protocol_machine() -> None:
+    """Every command reads the recipes of all plugins: that must cost neither time nor memory."""
+    program = "import sys, tesaiot_connect_quic_aioquic; print([m for m in sys.modules if 'aioquic.' in m])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["['tesaiot_connect_quic_aioquic.transport']"]
 
 
 def keeps_the_contract(

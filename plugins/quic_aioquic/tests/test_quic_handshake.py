@@ -295,7 +295,7 @@ def resolves_to(monkeypatch: pytest.MonkeyPatch, *addresses: tuple[str, int]) ->
     async def resolve(host: str, port: int) -> list[Any]:
         return [(int(socket.AF_INET), address) for address in addresses]
 
-    monkeypatch.setattr("tesaiot_connect_quic_aioquic.transport.resolve", resolve)
+    monkeypatch.setattr("tesaiot_connect_quic_aioquic.client.resolve", resolve)
 
 
 @pytest.mark.parametrize("dead", ["silent", "refusing"])

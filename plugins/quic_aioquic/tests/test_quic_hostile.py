@@ -22,7 +22,7 @@ from quic_ends import HOST, Echo, Raw, Relay, ask, client, echoing, exactly, run
 
 from tesaiot_connect import Connection, State, Url
 from tesaiot_connect.testing import Certificates
-from tesaiot_connect_quic_aioquic import QuicAioquic, listener, transport
+from tesaiot_connect_quic_aioquic import QuicAioquic, listener, server as server_module
 
 DATAGRAMS = 10_000
 
@@ -41,7 +41,7 @@ def endpoints(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             super().__init__(**options)
             found.append(self)
 
-    monkeypatch.setattr(transport, "ServerEndpoint", Kept)
+    monkeypatch.setattr(server_module, "ServerEndpoint", Kept)
     return found
 
 

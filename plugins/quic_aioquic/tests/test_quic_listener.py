@@ -25,7 +25,12 @@ from tesaiot_connect import (
     Url,
 )
 from tesaiot_connect.testing import Certificates
-from tesaiot_connect_quic_aioquic import certificates as certificates_module, listener, transport
+from tesaiot_connect_quic_aioquic import (
+    QuicAioquic,
+    certificates as certificates_module,
+    listener,
+    server as server_module,
+)
 from tesaiot_connect_quic_aioquic.connection import QuicConnection
 from tesaiot_connect_quic_aioquic.issued import IssuedTickets
 
@@ -45,7 +50,7 @@ def endpoints(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
             super().__init__(**options)
             found.append(self)
 
-    monkeypatch.setattr(transport, "ServerEndpoint", Kept)
+    monkeypatch.setattr(server_module, "ServerEndpoint", Kept)
     return found
 
 
@@ -217,7 +222,7 @@ def test_a_listener_that_holds_enough_takes_nobody(certificates: Certificates, t
             while await stream.receive():
                 pass
 
-        recipe = transport.QuicAioquic(
+        recipe = QuicAioquic(
             Url.parse("quic://127.0.0.1:0"), server_tls=certificates.server(), memory=Size(50_000)
         )
         async with recipe.listen(slow) as bound:

@@ -288,7 +288,9 @@ class Live:
             self.flush()
 
     def subacked(self, suback: Suback) -> None:
-        inbox = self._subacks.pop(suback.packet_id)
+        inbox = self._subacks.pop(suback.packet_id, None)
+        if inbox is None:  # its stream broke right behind it
+            return
         inbox.subscribed = inbox not in self._subacks.values()
         for one, code in zip(inbox.subscriptions, suback.codes, strict=False):
             if code >= 0x80:

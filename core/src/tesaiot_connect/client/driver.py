@@ -217,6 +217,7 @@ class Client:
 
     async def _run(self) -> None:
         delays = self._options.reconnect.delays()
+        taken_over = False
         while True:
             self._set_state("connecting")
             self._up_since = math.inf
@@ -227,7 +228,10 @@ class Client:
                 self._note(error)
                 if error.reason_code == R.UNSUPPORTED_PROTOCOL_VERSION and self._fall_back():
                     continue
-                if error.permanent or error.reason_code == R.SESSION_TAKEN_OVER:
+                again = taken_over and not self._stable
+                taken_over = taken_over or error.reason_code == R.SESSION_TAKEN_OVER
+                # once may be our own CONNECT that came late, or one that was replayed; then it is a rival
+                if error.permanent or (again and error.reason_code == R.SESSION_TAKEN_OVER):
                     delay = float(self._options.reconnect.max)
                 if error.permanent:
                     self._fatal = error
@@ -241,12 +245,17 @@ class Client:
                 return
             if not self._connects and self._options.protocol == "auto":
                 self._version = V5
-            if self._now() - self._up_since > _STABLE:
+            if self._stable:
                 delays = self._options.reconnect.delays()
             delay = next(delays) if delay is None else delay
             self._set_state("waiting")
             log.info("%s: trying again in %.1f s", self._name, delay)
             await asyncio.sleep(delay)
+
+    @property
+    def _stable(self) -> bool:
+        """Whether the latest connection lasted."""
+        return self._now() - self._up_since > _STABLE
 
     def _cancelled(self) -> bool:
         """Whether this client is cancelled, and not something that an auth or a transport awaits."""
@@ -470,7 +479,8 @@ class Client:
         elif self._switchboard.inboxes:
             told += ", not subscribing again"
         self._set_state("connected")
-        log.info("%s: connected to %s by %s, %s", self._name, self._endpoint, self._transport, told)
+        how = self._transport + _how(live.connection)
+        log.info("%s: connected to %s by %s, %s", self._name, self._endpoint, how, told)
 
     def _set_state(self, state: ClientState) -> None:
         self._state = state
@@ -480,3 +490,13 @@ class Client:
     def _announce(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
+
+
+def _how(connection: Connection) -> str:
+    """What is worth telling about a connection's handshake."""
+    quic = connection.status().quic
+    if quic is None:
+        return ""
+    if quic.early_data_accepted:
+        return ", resumed with 0-RTT"
+    return ", resumed" if quic.resumed else ""

@@ -22,7 +22,10 @@ log = logging.getLogger(__name__)
 _OPENING = 5.0
 """Seconds that opening a stream may take: where the broker's limit is reached, it waits."""
 _TRIES = 3
-"""Streams of one lane that may be lost in a row without having brought anything."""
+_TRIES_HEARD = 20
+"""Streams of one lane that may be lost in a row, each soon: the second where it brought something."""
+_LASTED = 5.0
+"""Seconds after which a stream was not lost soon."""
 
 
 class Channel:
@@ -37,6 +40,7 @@ class Channel:
         """Nothing will be added: end the sending side once all is written."""
         self.heard = False
         """The broker has sent something on it."""
+        self.since = asyncio.get_running_loop().time()
 
 
 class DataStreams:
@@ -67,7 +71,7 @@ class DataStreams:
         self._lanes: dict[int, int] = {}
         """Stream to lane, until the stream is lost."""
         self._lost: dict[int, int] = {}
-        """Lane to streams lost in a row."""
+        """Lane to streams lost in a row, each soon."""
         self._last = 0
         self._refused = False
         self._told = False
@@ -99,8 +103,9 @@ class DataStreams:
         del self._numbers[lane]
         channel = self.channels.get(number)
         if channel is not None and not channel.ending and self._open:
-            lost = self._lost[lane] = 1 if channel.heard else self._lost.get(lane, 0) + 1
-            if lost >= _TRIES:
+            lasted = asyncio.get_running_loop().time() - channel.since > _LASTED
+            lost = self._lost[lane] = 0 if lasted else self._lost.get(lane, 0) + 1
+            if lost >= (_TRIES_HEARD if channel.heard else _TRIES):
                 self._give_up(lane, f"{lost} streams in a row ended at once")
         return lane
 

@@ -38,7 +38,7 @@ from .udp import Datagram
 log = logging.getLogger(__name__)
 
 _TIGHT = 16 * 1024
-"""Bytes a stream may leave unacknowledged while the listener holds as much as it may."""
+"""Bytes a stream may leave unacknowledged whatever its siblings and other connections hold."""
 _BAD_CERTIFICATE = 42
 """The TLS alert of that name."""
 _SPREAD = 4
@@ -235,7 +235,7 @@ class QuicConnection:
         if len(self._streams) == 1:
             return most - held
         together = sum(self.quic.buffered(one) for one in self._streams)
-        return min(most - held, _SPREAD * most - together)
+        return max(min(most - held, _SPREAD * most - together), min(most, _TIGHT) - held)
 
     def waits(self, stream: QuicStream) -> None:
         self._waiting.add(stream)
@@ -330,12 +330,14 @@ class QuicConnection:
                         quic.discarded(len(data))
                 case events.StreamReset(error_code=code, stream_id=stream_id):
                     self.figures.reset(code)
+                    quic.was_reset(stream_id)
                     stream = self._streams.get(stream_id) or self._opened(stream_id)
                     if stream is not None:
                         stream.was_reset(code)
                 case events.StopSendingReceived(error_code=code, stream_id=stream_id):
                     self.figures.reset(code)
-                    stream = self._streams.get(stream_id)
+                    quic.was_stopped(stream_id)
+                    stream = self._streams.get(stream_id) or self._opened(stream_id)
                     if stream is not None:
                         stream.was_stopped(code)
                 case events.PingAcknowledged(uid=uid):
@@ -421,9 +423,7 @@ class QuicConnection:
 
     def _account(self, now: float) -> None:
         """Keeps the budget, and the time that the peer's flow control costs."""
-        quic = self.quic
-        held = sum(stream.size for stream in self._streams.values())
-        held += sum(quic.buffered(one) for one in self._streams)
+        quic, held = self.quic, self.quic.held
         self._budget.used += held - self._held
         self._held = held
         self.figures.blocked(bool(self._waiting) and quic.blocked, now)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .connection import QuicConnection
 
 NAME = "quic_aioquic"
+CONNECTION_ID = 8
+"""Bytes of our connection ids."""
 
 
 class Endpoint(Protocol):

@@ -34,7 +34,7 @@ from tesaiot_connect import Disconnected, ListenerStatus
 
 from .certificates import ServerIdentity
 from .connection import QuicConnection
-from .endpoint import Budget, Tuning, Windows, address_text
+from .endpoint import CONNECTION_ID, Budget, Tuning, Windows, address_text
 from .issued import IssuedTickets
 from .quic import Quic
 from .resets import LEAST_RESET, RESET_TOKEN, reset_token
@@ -42,8 +42,6 @@ from .udp import Address, Datagram, UdpSocket
 
 log = logging.getLogger(__name__)
 
-CONNECTION_ID = 8
-"""Bytes of our connection ids."""
 _CLOSING = 1.0
 """Seconds after its end that a connection's packets are ignored; then they get a stateless reset."""
 _DEPARTED = 10_000

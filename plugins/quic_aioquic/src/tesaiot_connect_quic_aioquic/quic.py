@@ -127,10 +127,13 @@ class Quic(AioquicConnection):
         self._enter(QuicState.ONE_RTT)
         # TLS has nothing more to say: a fifth of an idle connection's memory
         self._crypto_buffers = {epoch: Buffer(capacity=0) for epoch in self._crypto_buffers}
-        if self._is_client and not self.early_data_accepted:
-            self._send_again([self._spaces[tls.Epoch.ONE_RTT]])
-            for stream in self._streams.values():  # the limits that were remembered do not count
-                stream.max_stream_data_remote = self._remote_max_stream_data_bidi_remote
+        accepted, limit = self.early_data_accepted, self._remote_max_stream_data_bidi_remote
+        if self._is_client:
+            self._send_again([] if accepted else [self._spaces[tls.Epoch.ONE_RTT]])
+            for (
+                stream
+            ) in self._streams.values():  # what was remembered counts no more (RFC 9000 section 7.4.1)
+                stream.max_stream_data_remote = max(limit, accepted and stream.max_stream_data_remote)
 
     def released(self) -> None:
         """The owner is done with it: nothing will be sent or received any more."""
@@ -149,11 +152,9 @@ class Quic(AioquicConnection):
         return self._state is QuicConnectionState.DRAINING and not self._lost
 
     def _idle_timeout(self) -> float:
-        if self.idle is None:
-            return super()._idle_timeout()
-        remote = self._remote_max_idle_timeout
-        idle = self.idle if remote is None else min(self.idle, remote)
-        return max(idle, 3 * self._loss.get_probe_timeout())
+        ours = self._configuration.idle_timeout if self.idle is None else self.idle
+        theirs = self._remote_max_idle_timeout or ours  # 0 is none (RFC 9000 section 18.2)
+        return max(min(ours, theirs), 3 * self._loss.get_probe_timeout())
 
     def set_idle(self, seconds: float | None, now: float) -> None:
         """Another idle timeout from now on (RFC 9000 section 10.1)."""
@@ -213,12 +214,8 @@ class Quic(AioquicConnection):
         buf.push_uint_var(limit.value)
         limit.sent = limit.value
         if self._quic_logger is not None:
-            assert builder.quic_logger_frames is not None
-            builder.quic_logger_frames.append(
-                self._quic_logger.encode_connection_limit_frame(
-                    frame_type=limit.frame_type, maximum=limit.value
-                )
-            )
+            frame = self._quic_logger.encode_connection_limit_frame(limit.frame_type, limit.value)
+            builder.quic_logger_frames.append(frame)  # type: ignore[union-attr]
 
     def _write_stream_limits(
         self, builder: QuicPacketBuilder, space: QuicPacketSpace, stream: QuicStream
@@ -239,12 +236,8 @@ class Quic(AioquicConnection):
         buf.push_uint_var(stream.max_stream_data_local)
         stream.max_stream_data_local_sent = stream.max_stream_data_local
         if self._quic_logger is not None:
-            assert builder.quic_logger_frames is not None
-            builder.quic_logger_frames.append(
-                self._quic_logger.encode_max_stream_data_frame(
-                    maximum=stream.max_stream_data_local, stream_id=stream_id
-                )
-            )
+            frame = self._quic_logger.encode_max_stream_data_frame(stream.max_stream_data_local, stream_id)
+            builder.quic_logger_frames.append(frame)  # type: ignore[union-attr]
 
     # --- streams ------------------------------------------------------------------------------
 
@@ -290,10 +283,9 @@ class Quic(AioquicConnection):
 
     def sent_all(self, stream_id: int) -> bool:
         """Whether the peer has acknowledged all that was written, the end included where there is one."""
-        stream = self._streams.get(stream_id)
-        if stream is None or stream.sender.is_finished:
+        sender = self._streams[stream_id].sender if stream_id in self._streams else None
+        if sender is None or sender.is_finished:
             return True
-        sender = stream.sender
         return sender._buffer_stop == sender._buffer_start and sender._buffer_fin is None
 
     def receives(self, stream_id: int) -> bool:
@@ -304,12 +296,30 @@ class Quic(AioquicConnection):
     def drop(self, stream_id: int, code: int) -> None:
         """End both directions of a stream at once (RFC 9000 section 3.5)."""
         stream = self._streams.get(stream_id)
-        if stream is None:
-            return
-        if not stream.sender.is_finished:
+        if stream is not None:
             stream.sender.reset(code)
-        if not stream.receiver.is_finished:
-            stream.receiver.stop(code)
+            self.was_stopped(stream_id)
+            if not stream.receiver.is_finished:
+                stream.receiver.stop(code)
+
+    def was_stopped(self, stream_id: int) -> None:
+        """What was written will not be sent, and aioquic keeps it until the other direction ends too."""
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            stream.sender._buffer.clear()
+            stream.sender._buffer_start = stream.sender._buffer_stop
+
+    def was_reset(self, stream_id: int) -> None:
+        """What did not come counts for the connection's window all the same (RFC 9000 section 4.5)."""
+        stream = self._streams.get(stream_id)
+        if stream is not None:
+            self.discarded(stream.receiver.highest_offset - stream.receiver._buffer_start)
+            stream.receiver._buffer.clear()
+
+    @property
+    def held(self) -> int:
+        """Bytes that wait to be read, those behind a gap included, or to be acknowledged."""
+        return self._local_max_data.used - self._consumed + sum(map(self.buffered, self._streams))
 
     @property
     def blocked(self) -> bool:
@@ -391,7 +401,10 @@ class Quic(AioquicConnection):
     def _parse_transport_parameters(self, data: bytes, from_session_ticket: bool = False) -> None:
         super()._parse_transport_parameters(data, from_session_ticket)
         if not from_session_ticket:
-            self.stationary = bool(pull_quic_transport_parameters(Buffer(data=data)).disable_active_migration)
+            found = pull_quic_transport_parameters(Buffer(data=data))
+            self.stationary = bool(found.disable_active_migration)
+            if found.ack_delay_exponent is not None:  # aioquic forgets it
+                self._remote_ack_delay_exponent = found.ack_delay_exponent
 
     def _initialize(self, peer_cid: bytes) -> None:
         if self._is_client:  # a second time after Retry or Version Negotiation
@@ -412,11 +425,8 @@ class Quic(AioquicConnection):
         """What is under way there will never be acknowledged, and is no loss either: early data that the
         server did not take (RFC 9001 section 4.6.2), what a Retry made void (RFC 9000 section 17.2.5)."""
         for space in spaces:
-            if space.sent_packets:
-                packets = tuple(space.sent_packets.values())
-                self._loss._on_packets_lost(
-                    packets=packets, space=space, now=self._clock(), congestion_event=False
-                )
+            packets, now = tuple(space.sent_packets.values()), self._clock()
+            self._loss._on_packets_lost(packets=packets, space=space, now=now, congestion_event=False)
 
     @property
     def handshake_complete(self) -> bool:
@@ -463,16 +473,10 @@ class Quic(AioquicConnection):
             self._key_phase_from = sent
             self.request_key_update()
 
-    def _write_connection_close_frame(
-        self,
-        builder: QuicPacketBuilder,
-        epoch: tls.Epoch,
-        error_code: int,
-        frame_type: int | None,
-        reason_phrase: str,
-    ) -> None:
+    def _write_connection_close_frame(self, *arguments: Any, **named: Any) -> None:
         # aioquic cannot make a packet of a long one, such as the list of a certificate's names
-        super()._write_connection_close_frame(builder, epoch, error_code, frame_type, reason_phrase[:_REASON])
+        named["reason_phrase"] = named["reason_phrase"][:_REASON]
+        super()._write_connection_close_frame(*arguments, **named)
 
     # --- stateless reset ----------------------------------------------------------------------
 
@@ -487,17 +491,14 @@ class Quic(AioquicConnection):
 
     def is_stateless_reset(self, data: bytes) -> bool:
         """Whether a datagram says that the peer knows nothing of this connection any more."""
-        known = (self._peer_cid, *self._peer_cid_available)
-        return is_reset(data, [one.stateless_reset_token for one in known])
+        return is_reset(data, [self._peer_cid.stateless_reset_token])  # an unused id's does not count
 
     def lost(self, code: int, reason: str) -> None:
         """It is over without another word (stateless reset, a dead path)."""
         if self._state in END_STATES:
             return
         self._lost = True
-        self._close_event = ConnectionTerminated(
-            error_code=code, frame_type=QuicFrameType.PADDING, reason_phrase=reason
-        )
+        self._close_event = ConnectionTerminated(code, QuicFrameType.PADDING, reason)
         self._set_state(QuicConnectionState.DRAINING)
 
     # --- sending ------------------------------------------------------------------------------

@@ -118,7 +118,7 @@ class QuicStream:
         self._check_sending()
 
     def _check_sending(self) -> None:
-        if self._connection.over:
+        if self._connection.over or self._connection.closed_here:
             raise self._connection.gone()
         if self._stopped is not None:
             raise Disconnected(f"the peer refuses the stream (code 0x{self._stopped:x})")
@@ -146,6 +146,7 @@ class QuicStream:
         first = not self._closed
         self._closed = True
         self._wake_reader()
+        self.wake_senders()
         if connection.over or not first:
             return
         if self._stopped is None and not self._eof_sent:
@@ -156,7 +157,10 @@ class QuicStream:
         try:
             await connection.wait_sent([stream_id], CLOSE_TIMEOUT)
         finally:
-            connection.release(stream_id)
+            if connection.over or connection.quic.sent_all(stream_id):
+                connection.release(stream_id)
+            else:
+                connection.drop(stream_id, 0)
 
     def abort(self, code: int = 0) -> None:
         if self._closed:
@@ -169,11 +173,6 @@ class QuicStream:
             self._connection.drop(self.stream_id, code)
 
     # --- for the connection -------------------------------------------------------------------
-
-    @property
-    def size(self) -> int:
-        """Bytes that wait to be received."""
-        return self._size
 
     @property
     def sends(self) -> bool:
