@@ -203,14 +203,28 @@ def test_pub_and_sub(broker: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_sub_ends_quietly_when_asked_to(broker: str, number: int) -> None:
+    """Also where SIGINT was ignored, as a script's background jobs have it."""
     run("pub", broker, "greeting", "hello", "-r")
-    command = [*COMMAND, "sub", broker, "greeting"]
+    ignoring = (
+        "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    command = [sys.executable, "-c", ignoring, *COMMAND, "sub", broker, "greeting"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"greeting hello\n"
         process.send_signal(number)
         _, error = process.communicate(timeout=30)
     assert (process.returncode, error) == (0, b"")
+
+
+def test_a_file_of_connections_alone_can_be_tried(broker: str, tmp_path: Path) -> None:
+    file = tmp_path / "client.toml"
+    file.write_text(f'[connections.local]\nendpoints = ["{broker}"]\n')
+    assert run("check", str(file)).stdout.startswith("local  ok  ")
+    assert run("pub", "-c", str(file), "local", "alone/test", "1").returncode == 0
+    assert run("run", str(file)).returncode == 78
 
 
 def test_run_stores_what_is_published(broker: str, tmp_path: Path) -> None:

@@ -264,3 +264,19 @@ def test_what_a_peer_says_of_its_timers(certificates: Certificates) -> None:
             server.abort()
 
     run(main())
+
+
+def test_the_smallest_windows_do_not_flood(certificates: Certificates, tmp_path: Path) -> None:
+    async def main() -> None:
+        async with echoing(certificates, connection_window=1, stream_window=1) as echo:
+            connection = await client(echo.url, certificates, tmp_path).connect()
+            stream = await connection.open_stream()
+            for _ in range(10):
+                await stream.send(b"x")
+                assert await stream.receive() == b"x"
+            status = echo.connections[0].status().quic
+            assert status is not None
+            assert status.packets_sent < 200
+            connection.abort()
+
+    run(main())

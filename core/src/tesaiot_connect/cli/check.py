@@ -32,7 +32,7 @@ def command(
     """
     from ..config import load
 
-    config = load(file, overrides=overrides, env_file=env_file)
+    config = load(file, overrides=overrides, env_file=env_file, need_pipelines=False)
     logs.configure("human", log_level, debug=ctx.obj["debug"])
     if not config.connections:
         click.echo(f"{file}: right, and has no connections")

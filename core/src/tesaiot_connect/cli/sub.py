@@ -67,8 +67,9 @@ async def _print(chosen: Client, filters: Sequence[str], qos: int, count: int | 
     left = count
     task = asyncio.current_task()
     assert task is not None
-    with contextlib.suppress(NotImplementedError):  # Windows, where nobody sends it
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    for number in (signal.SIGTERM, signal.SIGINT):  # scripts start jobs with the latter ignored
+        with contextlib.suppress(NotImplementedError):  # Windows, where nobody sends the former
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
     async with chosen as connected:
         subscriptions = [Subscription(one, qos) for one in filters]
         async with connected.subscribe(subscriptions) as reader:

@@ -43,7 +43,7 @@ def client(target: str, file: str | None, overrides: tuple[str, ...], env_file: 
     if file is None:
         found = connection(target, overrides=overrides)
         return Client(found.dialer, found.options, auth=found.auth, name=target)
-    known = load(file, overrides=overrides, env_file=env_file).connections
+    known = load(file, overrides=overrides, env_file=env_file, need_pipelines=False).connections
     if target not in known:
         from ..config.document import nearest
 

@@ -339,11 +339,13 @@ def load(
     environ: Mapping[str, str] = os.environ,
     env_file: str | os.PathLike[str] | None = None,
     catalog: Catalog | None = None,
+    need_pipelines: bool = True,
 ) -> Config:
     """Read a pipeline file. Raises ConfigError with every problem there is.
 
     `overrides` are "table.key=value" texts that win over the file. Variables come from
-    `environ`, then from `env_file`. Nothing is opened; process steps are imported.
+    `environ`, then from `env_file`. Nothing is opened; process steps are imported. Without
+    `need_pipelines` a file of connections alone will do.
     """
     doc = read(path, overrides, environ, env_file)
     composer = Composer(doc, catalog or load_catalog())
@@ -355,7 +357,7 @@ def load(
     for name, place, table in composer.tables("sinks"):
         composer.sinks[name] = composer.sink(name, place, table)
     pipelines = [composer.pipeline(*found) for found in composer.tables("pipelines")]
-    if not doc.data.get("pipelines"):
+    if need_pipelines and not doc.data.get("pipelines"):
         doc.problem((), "there is no pipeline", 'Add [pipelines.<name>] with from = "..." and to = ["..."]')
     made = [pipeline for pipeline in pipelines if pipeline is not None]
     checks.find_loops(doc, made)

@@ -25,6 +25,10 @@ from .udp import Address, Datagram, UdpSocket, open_socket
 
 log = logging.getLogger(__name__)
 
+_SILENT = (
+    "the network path is gone, or UDP is blocked on it now, or the broker was restarted without "
+    "`state_file`, which would have let it say so"
+)
 _REFUSALS = 3
 _REFUSED_FOR = 0.5
 """ICMP refusals in a row, and over how many seconds, with nothing received in between, that end an
@@ -187,7 +191,7 @@ class ClientEndpoint:
         told = explain_narrow(
             path_mtu=self.socket.path_mtu, too_big=0, datagram_size=connection.quic.datagram_size
         )
-        return told or ("", "the network path is gone, or UDP is blocked on it now")
+        return told or ("", _SILENT)
 
     def _address_towards_peer(self) -> str | None:
         with socket.socket(self.family, socket.SOCK_DGRAM) as probe:

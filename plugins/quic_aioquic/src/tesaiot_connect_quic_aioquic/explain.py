@@ -263,7 +263,8 @@ def forgotten() -> Disconnected:
     """A stateless reset came (RFC 9000 section 10.3)."""
     return Disconnected(
         "the broker does not know this connection any more (stateless reset): it was restarted, or another "
-        "machine answers at its address now"
+        "machine answers at its address now",
+        fix="connect again",
     )
 
 

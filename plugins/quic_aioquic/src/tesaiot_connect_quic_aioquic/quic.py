@@ -194,7 +194,7 @@ class Quic(AioquicConnection):
         window = self._windows.connection
         data, streams = self._local_max_data, self._local_max_streams_bidi
         target = self._consumed + window
-        if target - data.sent >= window // 2:
+        if target - data.sent >= (window + 1) // 2:
             data.value = max(data.value, target)
             self._write_limit(builder, data)
         # those that nobody accepted count as open, however soon the peer ended them
@@ -223,7 +223,7 @@ class Quic(AioquicConnection):
         stream_id: int = stream.stream_id  # type: ignore[assignment]
         window = self._windows.stream
         target = self._stream_consumed.get(stream_id, 0) + window
-        if target - stream.max_stream_data_local_sent < window // 2 or stream.receiver.is_finished:
+        if target - stream.max_stream_data_local_sent < (window + 1) // 2 or stream.receiver.is_finished:
             return
         stream.max_stream_data_local = max(stream.max_stream_data_local, target)
         buf = builder.start_frame(
@@ -466,10 +466,8 @@ class Quic(AioquicConnection):
         sent = self._packet_number
         if not self._key_update or sent - self._key_phase_from < self._key_update:
             return
-        if (
-            self._handshake_confirmed
-            and self._spaces[tls.Epoch.ONE_RTT].largest_acked_packet >= self._key_phase_from
-        ):
+        acked = self._spaces[tls.Epoch.ONE_RTT].largest_acked_packet
+        if self._handshake_confirmed and acked >= self._key_phase_from:
             self._key_phase_from = sent
             self.request_key_update()
 
