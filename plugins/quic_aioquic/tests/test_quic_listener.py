@@ -127,6 +127,18 @@ def test_a_token_is_of_its_address_and_its_server(certificates: Certificates) ->
     run(main())
 
 
+def test_a_token_of_another_server_counts_as_none(certificates: Certificates) -> None:
+    async def main() -> None:
+        async with echoing(certificates) as echo, Raw(echo.port, token=b"of somebody else" * 4) as raw:
+            raw.connect()
+            await raw.until(lambda: raw.event(events.HandshakeCompleted))
+            assert not echo.status().refused
+            raw.quic.close()
+            raw.flush()
+
+    run(main())
+
+
 def test_no_more_than_three_times_what_came(certificates: Certificates) -> None:
     """A client that never answers: of an address that may be forged (RFC 9000 section 8.1)."""
 

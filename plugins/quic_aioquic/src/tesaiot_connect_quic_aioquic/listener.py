@@ -42,6 +42,8 @@ from .udp import Address, Datagram, UdpSocket
 
 log = logging.getLogger(__name__)
 
+_RETRY = b"tqr1"
+"""How tokens of our Retry packets begin."""
 _CLOSING = 1.0
 """Seconds after its end that a connection's packets are ignored; then they get a stateless reset."""
 _DEPARTED = 10_000
@@ -276,12 +278,13 @@ class ServerEndpoint:
         limits = self._limits
         original, source, reason = header.destination_cid, None, ""
         busy = len(self._handshakes) >= limits.retry_above
-        if header.token:
+        # a token of another server at this address is as good as none (RFC 9000 section 8.1.3)
+        if header.token.startswith(_RETRY):
             try:
                 original = self._retry.validate_token(
                     address=datagram.address,
                     destination_cid=header.destination_cid,
-                    token=header.token,
+                    token=header.token[len(_RETRY) :],
                     now=now,
                 )
                 source = header.destination_cid
@@ -329,7 +332,7 @@ class ServerEndpoint:
     def _send_retry(self, udp: UdpSocket, datagram: Datagram, header: QuicHeader, now: float) -> None:
         self._retries += 1
         source = os.urandom(CONNECTION_ID)
-        token = self._retry.create_token(
+        token = _RETRY + self._retry.create_token(
             address=datagram.address,
             original_destination_connection_id=header.destination_cid,
             retry_source_connection_id=source,
