@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from quic.cases import rows as quic_rows
+from ws.cases import rows as ws_rows
 
 HERE = Path(__file__).resolve().parent
 MARKER = b"sensor-last"
@@ -379,9 +380,10 @@ def main() -> int:
             if arguments.only in case.name:
                 rows.append(measured(case, peaks, progress))
                 print(("\r\x1b[K" if progress else "") + show(rows[-1]), flush=True)
-        for one in quic_rows(folder, repetitions, scale, arguments.only, pin):
-            rows.append(one)
-            print(show(one), flush=True)
+        for more in (quic_rows, ws_rows):
+            for one in more(folder, repetitions, scale, arguments.only, pin):
+                rows.append(one)
+                print(show(one), flush=True)
         if GMQTT.name in peaks:
             rows.append(row("peak-memory", peaks[OURS.name], peaks[GMQTT.name], GMQTT.name, "MiB"))
             print(show(rows[-1]))

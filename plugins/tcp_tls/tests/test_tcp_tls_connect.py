@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-import tesaiot_connect_tcp_tls.transport as tcp_tls_transport
 from tesaiot_connect import (
     ClientCertificate,
     ConnectFailed,
@@ -254,7 +253,7 @@ def resolving_to(monkeypatch: pytest.MonkeyPatch, *hosts: str) -> None:
     async def resolve(_host: str, port: int) -> list[tuple[int, Any]]:
         return [(socket.AF_INET, (host, port)) for host in hosts]
 
-    monkeypatch.setattr(tcp_tls_transport, "resolve", resolve)
+    monkeypatch.setattr("tesaiot_connect.tcp.resolve", resolve)
 
 
 def test_a_dead_address_is_passed_over(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tesaiot_connect_tcp_tls.dial import Address, alternate, race
+from tesaiot_connect.tcp import Address, alternate, race
 
 V4, V6 = socket.AF_INET, socket.AF_INET6
 
