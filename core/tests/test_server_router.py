@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -27,6 +29,7 @@ class Client:
         self.name = name
         self.online = online
         self.congested = congested
+        self.scope: Callable[[str], bool] | None = None
 
     def __repr__(self) -> str:
         return self.name
@@ -102,7 +105,7 @@ def test_a_group_takes_turns_and_prefers_who_is_there() -> None:
     (group,) = router.match("a/b").groups
 
     def turns(count: int) -> list[str]:
-        return [target.subscriber.name for _ in range(count) if (target := group.pick())]
+        return [target.subscriber.name for _ in range(count) if (target := group.pick("t"))]
 
     assert sorted(turns(10)) == ["1"] * 5 + ["2"] * 5
     members[0].congested = members[1].congested = True
@@ -113,7 +116,7 @@ def test_a_group_takes_turns_and_prefers_who_is_there() -> None:
     for member in members[1:]:
         router.remove(member, "$share/g/a/#")
     assert turns(2) == ["1", "1"]
-    assert group.pick(members[0]) is None
+    assert group.pick("t", members[0]) is None
     router.remove(members[0], "$share/g/a/#")
     assert router.match("a/b").groups == ()
     assert not router._root.children

@@ -59,6 +59,8 @@ class EnginePeer:
         session: Session | None = None,
         settle: bool = True,
         properties: dict[P, Any] | None = None,
+        username: str | None = None,
+        password: bytes | None = None,
         send: bool = True,
     ) -> EnginePeer:
         found = dict(properties or {})
@@ -70,6 +72,8 @@ class EnginePeer:
             clean_start=clean,
             keepalive=keepalive,
             will=will,
+            username=username,
+            password=password,
             properties=found,
         )
         now = asyncio.get_running_loop().time()

@@ -10,7 +10,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import tcp as tcp
     from .accept import accepting as accepting, serving as serving
+    from .access import (
+        Access as Access,
+        AccessRule as AccessRule,
+        Anonymous as Anonymous,
+        FirstOf as FirstOf,
+    )
+    from .accounts import (
+        AccountFile as AccountFile,
+        check_account_name as check_account_name,
+        format_date as format_date,
+        parse_date as parse_date,
+    )
     from .backoff import Backoff as Backoff
     from .client import (
         Client as Client,
@@ -21,6 +34,10 @@ if TYPE_CHECKING:
         WillOptions as WillOptions,
     )
     from .config import Config as Config, load as load
+    from .device import (
+        MQTTQUICClient as MQTTQUICClient,
+        TESAIoTMQTTClient as TESAIoTMQTTClient,
+    )
     from .errors import (
         ConfigError as ConfigError,
         ConnectFailed as ConnectFailed,
@@ -28,6 +45,7 @@ if TYPE_CHECKING:
         Disconnected as Disconnected,
         EndOfInput as EndOfInput,
         EndOfOutput as EndOfOutput,
+        NotApplicable as NotApplicable,
         PartialDelivery as PartialDelivery,
         PayloadError as PayloadError,
         PluginError as PluginError,
@@ -82,6 +100,9 @@ if TYPE_CHECKING:
         QuicStatus as QuicStatus,
         RawSerializer as RawSerializer,
         Reader as Reader,
+        RevocablePrincipal as RevocablePrincipal,
+        RotatingAuth as RotatingAuth,
+        ScopedPrincipal as ScopedPrincipal,
         Secret as Secret,
         Serializer as Serializer,
         Sink as Sink,
@@ -93,6 +114,13 @@ if TYPE_CHECKING:
         Writer as Writer,
     )
     from .runner import Summary as Summary, run as run, run_blocking as run_blocking
+    from .secret import (
+        SecretFrom as SecretFrom,
+        read_secret as read_secret,
+        secret_changed as secret_changed,
+        secret_origin as secret_origin,
+        secret_stamp as secret_stamp,
+    )
     from .server import (
         Broker as Broker,
         BrokerOptions as BrokerOptions,
@@ -111,6 +139,9 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "access": ("Access", "AccessRule", "Anonymous", "FirstOf"),
+    "accounts": ("AccountFile", "check_account_name", "format_date", "parse_date"),
+    "secret": ("SecretFrom", "read_secret", "secret_changed", "secret_origin", "secret_stamp"),
     "errors": (
         "ConfigError",
         "ConnectFailed",
@@ -118,6 +149,7 @@ _HOMES = {
         "Disconnected",
         "EndOfInput",
         "EndOfOutput",
+        "NotApplicable",
         "PartialDelivery",
         "PayloadError",
         "PluginError",
@@ -163,6 +195,9 @@ _HOMES = {
         "QuicStatus",
         "RawSerializer",
         "Reader",
+        "RevocablePrincipal",
+        "RotatingAuth",
+        "ScopedPrincipal",
         "Secret",
         "Serializer",
         "Sink",
@@ -212,6 +247,10 @@ _HOMES = {
         "ListenerSpec",
     ),
     "hookspecs": ("hookimpl",),
+    "device": (
+        "MQTTQUICClient",
+        "TESAIoTMQTTClient",
+    ),
     "config": (
         "Config",
         "load",
@@ -223,13 +262,17 @@ _HOMES = {
     ),
 }
 _EXPORTS = {name: room for room, names in _HOMES.items() for name in names}
+_ROOMS = ("tcp",)
+"""Rooms that are public as a whole: their functions read best with the room's name."""
 
 __all__ = [  # noqa: PLE0604 - the table above is the one list of names
-    *sorted(_EXPORTS),
+    *sorted((*_EXPORTS, *_ROOMS)),
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
     room = _EXPORTS.get(name)
     if room is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -239,4 +282,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_EXPORTS})
+    return sorted({*globals(), *_EXPORTS, *_ROOMS})

@@ -91,6 +91,13 @@ class Refused(Disconnected):
         self.permanent = permanent
 
 
+class NotApplicable(Refused):
+    """An authenticator does not know credentials of this sort: the next one may."""
+
+    def __init__(self, what: str, *, fix: str = "", reason_code: int = 0x86) -> None:
+        super().__init__(what, fix=fix, reason_code=reason_code, permanent=True)
+
+
 class ProtocolError(ConnectorError):
     """The other side broke the MQTT standard; `reason_code` is what to tell it (MQTT 5 section 2.4)."""
 

@@ -33,6 +33,9 @@ PACKAGES = {
     ("auth", "password"): "tesaiot-connect-auth-password",
     ("auth", "token"): "tesaiot-connect-auth-token",
     ("auth", "mtls"): "tesaiot-connect-auth-mtls",
+    ("authenticator", "password"): "tesaiot-connect-auth-password",
+    ("authenticator", "token"): "tesaiot-connect-auth-token",
+    ("authenticator", "mtls"): "tesaiot-connect-auth-mtls",
 }
 """Which package brings a scheme or an implementation that is not installed."""
 

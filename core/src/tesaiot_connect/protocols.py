@@ -74,11 +74,15 @@ class Url:
 
 @attrs.frozen
 class ClientCertificate:
-    """A client identity as an auth hands it to a transport: paths of PEM files."""
+    """A client identity as an auth hands it to a transport: paths of PEM files, or `pem`."""
 
     certificate: str
     key: str
     passphrase: Secret | None = None
+    """Of the key, where it is encrypted."""
+    pem: bytes | None = attrs.field(default=None, repr=False)
+    """The certificate, its chain and the encrypted key, where they are in no PEM file; the paths
+    then only say where they came from."""
 
 
 # --- transports ---------------------------------------------------------------------------
@@ -387,8 +391,19 @@ class Auth(Protocol):
         ...
 
 
+@runtime_checkable
+class RotatingAuth(Protocol):
+    """An auth that notices when its credentials were changed. Optional."""
+
+    async def changed(self) -> None:
+        """Returns when `begin` may give other credentials than it did. Awaited while the client
+        waits to connect again, so that it need not wait any longer; cancelled when it does not."""
+        ...
+
+
 class Principal(Protocol):
-    """Who a client turned out to be, and what it may do. Asked once per topic, then cached."""
+    """Who a client turned out to be, and what it may do. What it says of a topic is remembered for
+    a while (`[broker] recheck`)."""
 
     @property
     def name(self) -> str: ...
@@ -403,6 +418,29 @@ class Principal(Protocol):
     def may_subscribe(self, topic_filter: str, /) -> bool: ...
 
 
+@runtime_checkable
+class ScopedPrincipal(Protocol):
+    """A principal whose subscriptions bring only part of what they match. Optional.
+
+    Asked for each message. An attribute `scoped` that is False says that this is not needed while
+    the client is connected; it is asked about what waited for the client then, no more.
+    """
+
+    def may_receive(self, topic: str, /) -> bool:
+        """Whether a message to this topic may be given to the client, whatever it subscribed to."""
+        ...
+
+
+@runtime_checkable
+class RevocablePrincipal(Protocol):
+    """A principal whose right to stay connected may end before `valid_until`. Optional."""
+
+    def refusal(self) -> str:
+        """Why the client may not stay, "" while it may. Asked every few seconds: quick, no I/O
+        beyond looking whether a file has changed."""
+        ...
+
+
 class Challenge(Protocol):
     """An enhanced authentication in progress."""
 
@@ -413,9 +451,12 @@ class Challenge(Protocol):
 
 @runtime_checkable
 class Authenticator(Protocol):
-    """Server side of an auth. Raises Refused."""
+    """Server side of an auth. A field `access` receives the file's `[access]` table."""
 
-    async def begin(self, peer: Peer, credentials: Credentials, /) -> Challenge | Principal: ...
+    async def begin(self, peer: Peer, credentials: Credentials, /) -> Challenge | Principal:
+        """Raises Refused; NotApplicable where the credentials are of a sort it does not know, so
+        that the next authenticator of the listener is asked."""
+        ...
 
 
 # --- data ---------------------------------------------------------------------------------

@@ -7,9 +7,11 @@ certificates are read from their files at every connect, so that they may be ren
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import ssl
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -173,8 +175,6 @@ def load_authorities(context: ssl.SSLContext, ca_file: str | Path) -> None:
 
 def load_identity(context: ssl.SSLContext, identity: ClientCertificate, *, whose: str = "client") -> None:
     """Raises ConnectFailed where a file is missing or unreadable or the two do not match."""
-    _readable(identity.certificate, f"{whose} certificate")
-    _readable(identity.key, f"{whose} key")
     asked = False
 
     def passphrase() -> str:  # without it OpenSSL would ask on the terminal
@@ -182,28 +182,66 @@ def load_identity(context: ssl.SSLContext, identity: ClientCertificate, *, whose
         asked = True
         return "" if identity.passphrase is None else identity.passphrase.reveal()
 
-    try:
-        context.load_cert_chain(identity.certificate, identity.key, password=passphrase)
-    except (ssl.SSLError, OSError, ValueError) as error:
-        what = f"the {whose} certificate {identity.certificate} and key {identity.key} cannot be used"
-        if asked and identity.passphrase is None:
-            told = ConnectFailed(
-                f"the {whose} key {identity.key} is encrypted", fix="set `passphrase` beside it"
-            )
-        elif getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-            told = ConnectFailed(
-                f"the {whose} key {identity.key} does not belong to the certificate {identity.certificate}",
-                fix="use the key that the certificate was requested with",
-            )
-        elif asked:
-            told = ConnectFailed(f"the passphrase does not open the {whose} key {identity.key}")
+    with contextlib.ExitStack() as opened:
+        if identity.pem is None:
+            _readable(identity.certificate, f"{whose} certificate")
+            _readable(identity.key, f"{whose} key")
+            files = (identity.certificate, identity.key)
         else:
-            told = ConnectFailed(
-                what,
-                fix="both must be PEM files: -----BEGIN CERTIFICATE----- in one and a "
-                "PRIVATE KEY in the other",
-            )
-        raise told from error
+            files = (opened.enter_context(_private_file(identity.pem)),) * 2
+        try:
+            context.load_cert_chain(*files, password=passphrase)
+        except (ssl.SSLError, OSError, ValueError) as error:
+            raise _unusable(identity, error, whose, asked=asked) from error
+
+
+def _unusable(identity: ClientCertificate, error: Exception, whose: str, *, asked: bool) -> ConnectFailed:
+    reason = getattr(error, "reason", None)
+    if asked and identity.passphrase is None:
+        return ConnectFailed(f"the {whose} key {identity.key} is encrypted", fix="set `passphrase` beside it")
+    if reason == "KEY_VALUES_MISMATCH":
+        return ConnectFailed(
+            f"the {whose} key {identity.key} does not belong to the certificate {identity.certificate}",
+            fix="use the key that the certificate was requested with",
+        )
+    if reason in _WEAK:
+        return ConnectFailed(
+            f"OpenSSL does not take the {whose} certificate {identity.certificate}: {_WEAK[reason]}",
+            fix="have one issued for a P-256, Ed25519 or RSA key (2048 bits or more), with SHA-256",
+        )
+    if asked:
+        return ConnectFailed(
+            f"the passphrase does not open the {whose} key {identity.key}", fix="check `passphrase`"
+        )
+    return ConnectFailed(
+        f"the {whose} certificate {identity.certificate} and key {identity.key} cannot be used",
+        fix="both must be PEM files: -----BEGIN CERTIFICATE----- in one and a PRIVATE KEY in the other",
+    )
+
+
+_WEAK = {
+    "EE_KEY_TOO_SMALL": "its key is too short",
+    "CA_KEY_TOO_SMALL": "the key of its authority is too short",
+    "CA_MD_TOO_WEAK": "its signature is too weak",
+}
+
+
+@contextlib.contextmanager
+def _private_file(data: bytes) -> Iterator[str]:
+    """A file with encrypted data, for the moment in which OpenSSL reads it; nobody else may."""
+    try:
+        descriptor, path = tempfile.mkstemp(suffix=".pem")
+    except OSError as error:
+        raise ConnectFailed(
+            f"no temporary file can be made for the client certificate: {error.strerror}",
+            fix=f"see to the folder {tempfile.gettempdir()}, or set TMPDIR to another one",
+        ) from error
+    try:
+        with open(descriptor, "wb") as file:  # noqa: PTH123 - it is a descriptor
+            file.write(data)
+        yield path
+    finally:
+        Path(path).unlink()
 
 
 def _readable(path: str | Path, what: str) -> None:
@@ -234,7 +272,7 @@ _ALERTS = {
     ),
     "TLSV1_ALERT_UNKNOWN_CA": (
         "the peer does not trust our certificate",
-        "the peer's CA file must hold the authority that issued it",
+        "the peer's CA file must hold its issuer, or our file the intermediate certificates behind our own",
     ),
     "SSLV3_ALERT_BAD_CERTIFICATE": (
         "the peer rejects our certificate",

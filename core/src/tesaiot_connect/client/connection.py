@@ -311,6 +311,7 @@ class Live:
                     one.qos,
                     one.topic_filter,
                 )
+        inbox.granted(suback.codes)
 
     # --- the clock, the readers and the writers -------------------------------------------
 

@@ -13,7 +13,7 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import NoReturn, Self, TypeVar
 
 from ..errors import ConnectFailed, ConnectorError, Disconnected, Refused
@@ -25,7 +25,15 @@ from ..mqtt.properties import P
 from ..mqtt.reasons import R
 from ..mqtt.session import Session
 from ..mqtt.topics import check_filter
-from ..protocols import Auth, ByteStream, ClientCertificate, Connection, Credentials, Dialer, Reader
+from ..protocols import (
+    Auth,
+    ByteStream,
+    ClientCertificate,
+    Connection,
+    Credentials,
+    Dialer,
+    RotatingAuth,
+)
 from .connection import Live
 from .handshake import connect_packet, explain
 from .inbox import Inbox, LazyReader, Switchboard
@@ -41,6 +49,8 @@ _LEAVE = 5.0
 """Seconds leaving may take while the broker does not read."""
 
 T = TypeVar("T")
+
+OnState = Callable[[ClientState, ConnectorError | None], None]
 
 
 class Client:
@@ -61,8 +71,12 @@ class Client:
         *,
         auth: Auth | None = None,
         name: str = "",
+        on_state: OnState | None = None,
     ) -> None:
+        """`on_state` is called with each state, in order, and with the error that ended the one
+        before, if one did; it must be quick and not raise."""
         self._dialer = dialer
+        self._on_state = on_state
         self._options = options or ClientOptions()
         self._auth = auth
         self._keep_session = bool(self._options.client_id) and not self._options.clean_session
@@ -129,7 +143,7 @@ class Client:
         *,
         max_messages: int = 16_384,
         max_bytes: int = 8 * 1024 * 1024,
-    ) -> AsyncIterator[Reader]:
+    ) -> AsyncIterator[LazyReader]:
         """A reader of what these subscriptions bring; a plain string is a filter at QoS 1.
 
         Settling a delivery sends PUBACK or PUBREC, a nack reconnects so that the broker sends
@@ -250,7 +264,25 @@ class Client:
             delay = next(delays) if delay is None else delay
             self._set_state("waiting")
             log.info("%s: trying again in %.1f s", self._name, delay)
-            await asyncio.sleep(delay)
+            await self._pause(delay)
+
+    async def _pause(self, delay: float) -> None:
+        """Before the next attempt; shorter when the auth has other credentials meanwhile."""
+        begun = self._now()
+        auth: object = self._auth
+        if isinstance(auth, RotatingAuth):
+            try:
+                async with asyncio.timeout(delay):
+                    await auth.changed()
+                log.info("%s: the credentials have changed, trying again now", self._name)
+                delay = min(delay, float(self._options.reconnect.min))
+            except TimeoutError:
+                pass
+            except (Exception, asyncio.CancelledError) as error:
+                if isinstance(error, asyncio.CancelledError) and self._cancelled():
+                    raise
+                log.warning("%s: cannot tell when the credentials change: %r", self._name, error)
+        await asyncio.sleep(max(0.0, begun + delay - self._now()))
 
     @property
     def _stable(self) -> bool:
@@ -325,6 +357,7 @@ class Client:
             accepted=live.accepted,
             origin=credentials.origin or (f"the `auth` table of {self._name}" if self._auth else ""),
             may_fall_back=self._options.protocol == "auto" and self._version == V5 and not broken.fix,
+            version=self._version,
             fix=broken.fix,
         )
 
@@ -486,6 +519,8 @@ class Client:
         self._state = state
         self._since = time.time()
         self._announce()
+        if self._on_state is not None:
+            self._on_state(state, self._failure if state == "waiting" else None)
 
     def _announce(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()

@@ -13,9 +13,10 @@ from ..message import Message
 from ..mqtt.events import Closed
 from ..mqtt.packets import V5, Connect, Will
 from ..mqtt.properties import P
-from ..mqtt.reasons import R, words
+from ..mqtt.reasons import TO_CONNACK_V3, R, words
 from ..protocols import Credentials
 from .options import ClientOptions
+from .refusals import meaning
 
 _PERMANENT = frozenset(
     (
@@ -30,6 +31,8 @@ _PERMANENT = frozenset(
 
 _EXPIRY_WITHIN_RUN = 600
 """Seconds the broker keeps a session that is only meant to outlive a reconnect."""
+_SHOWN = 300
+"""Characters of the broker's words that a message has."""
 
 
 def connect_packet(
@@ -79,6 +82,7 @@ def explain(
     accepted: bool,
     origin: str,
     may_fall_back: bool,
+    version: int = V5,
     fix: str = "",
 ) -> Disconnected:
     """`accepted`: CONNACK had said yes. `origin`: where the credentials were set, "" if nowhere.
@@ -88,12 +92,13 @@ def explain(
     version, and so does an answer that is not MQTT 5: a 3.1.1 broker that is spoken to in MQTT 5
     answers with a CONNACK of its own version, or closes without a word.
     """
-    if closed.reason_code is None or not closed.by_peer:
-        if closed.reason_code == R.PACKET_TOO_LARGE:
+    code = closed.reason_code
+    if code is None or not closed.by_peer:
+        if code == R.PACKET_TOO_LARGE:
             fix = "raise `maximum_packet_size`"
         if accepted:
             return Disconnected(f"{broker}: {closed.text}", fix=fix)
-        if may_fall_back and (closed.by_peer or closed.reason_code is not None):
+        if may_fall_back and (closed.by_peer or code is not None):
             return Refused(
                 f"{broker} closed the connection without a CONNACK"
                 if closed.by_peer
@@ -104,21 +109,22 @@ def explain(
             f"{broker}: {closed.text}, before CONNACK",
             fix=fix or "check that this port speaks MQTT, and the broker's log for why it refused",
         )
-    code = closed.reason_code
-    server = closed.properties.get(P.SERVER_REFERENCE)
-    if code in (R.BAD_USER_NAME_OR_PASSWORD, R.NOT_AUTHORIZED):
-        fix = f"check {origin}" if origin else "set `auth` for this connection"
-    elif code == R.SESSION_TAKEN_OVER:
-        fix = f"another client uses the client_id {client_id!r}: give each its own"
-    elif code == R.CLIENT_IDENTIFIER_NOT_VALID:
-        fix = "set another `client_id`"
-    elif server:
-        fix = f"use the endpoint the broker names: {server}"
+    server = _shown(closed.properties.get(P.SERVER_REFERENCE, ""))
+    cause, fix = meaning(code, accepted=accepted, client_id=client_id, origin=origin, server=server)
     what = "ended the connection" if accepted else "refused the connection"
-    text = f", {closed.text}" if closed.text and closed.text != words(code) else ""
+    said = words(code)
+    if version != V5 and not accepted:
+        said = f"{said.partition(' (')[0]} (MQTT 3.1.1 return code {TO_CONNACK_V3.get(R(code), 3)})"
+    if closed.text and closed.text != words(code):
+        said += f", {_shown(closed.text)}"
     return Refused(
-        f"the broker at {broker} {what}: {words(code)}{text}",
+        f"the broker at {broker} {what}: {said}: {cause}",
         fix=fix,
         reason_code=code,
         permanent=code in _PERMANENT and not accepted,
     )
+
+
+def _shown(text: str) -> str:
+    """What the broker wrote, fit for a log and a terminal."""
+    return "".join(c if c.isprintable() else " " for c in text[:_SHOWN]).strip()

@@ -36,6 +36,10 @@ class Inbox:
         """The broker was told the identifier with them."""
         self.closed = False
         self.error: ConnectorError | None = None
+        self.grants = 0
+        """SUBACKs so far."""
+        self._codes: tuple[int, ...] = ()
+        self._granted = asyncio.Event()
         self._max_messages = max_messages
         self._max_bytes = max_bytes
         self._deliveries: deque[Delivery] = deque()
@@ -57,6 +61,21 @@ class Inbox:
         self._messages = self._bytes = 0
         self._room.set()
         return Delivery.join(deliveries)
+
+    def granted(self, codes: Sequence[int]) -> None:
+        """SUBACK came, with a QoS or a reason code for every subscription."""
+        self.grants += 1
+        self._codes = tuple(codes)
+        self._granted.set()
+
+    async def grant(self, seen: int = 0) -> tuple[int, ...]:
+        """What the latest SUBACK says, once more than `seen` came. Raises what `fail` was given."""
+        while self.error is None and self.grants <= seen:
+            self._granted.clear()
+            await self._granted.wait()
+        if self.error is not None:
+            raise self.error
+        return self._codes
 
     def put(self, delivery: Delivery, size: int) -> None:
         """`size` in bytes. A closed inbox lets go of it unsettled, so the broker keeps it."""
@@ -80,6 +99,7 @@ class Inbox:
         """Reading raises this, once what came before is read. The first error stays."""
         self.error = self.error or error
         self._readable.set()
+        self._granted.set()
 
     def close(self, error: ConnectorError | None = None) -> None:
         """Nobody reads any more. What waits is dropped unsettled."""
@@ -99,6 +119,17 @@ class LazyReader:
     async def read(self) -> Delivery:
         self._start()
         return await self._inbox.read()
+
+    @property
+    def grants(self) -> int:
+        """How often the broker was asked for the subscriptions and granted them."""
+        return self._inbox.grants
+
+    async def grant(self, seen: int = 0) -> tuple[int, ...]:
+        """The QoS granted for each subscription, once the broker was asked more than `seen` times.
+        Cancel-safe, for one caller at a time. Raises what `read` raises."""
+        self._start()
+        return await self._inbox.grant(seen)
 
 
 class Switchboard:

@@ -36,6 +36,10 @@ class Connect(msgspec.Struct, frozen=True, kw_only=True):
     properties: PropertyMap = {}
     bridge: bool = False
 
+    def __repr__(self) -> str:
+        """Without the credentials, and the will."""
+        return f"Connect(client_id={self.client_id!r}, version={self.version}, ...)"
+
 
 class Connack(msgspec.Struct, frozen=True, kw_only=True):
     reason_code: int = 0

@@ -4,7 +4,7 @@ Owns: routing, sessions, retained messages, wills and their state file. Rule: it
 and authenticators by their contracts only.
 """
 
-from .access import Anonymous, Anybody
+from ..access import Anonymous, Anybody
 from .broker import Broker, BrokerStats
 from .options import BrokerOptions, ListenerSpec
 

@@ -17,12 +17,12 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import attrs
 import msgspec
 
+from ..access import Anonymous
 from ..errors import ConnectorError
 from ..message import Message
 from ..protocols import BoundUrl, Connection, ListenerStatus, Url
-from .access import Anonymous
 from .connection import ClientConnection
-from .hub import Hub
+from .hub import Derive, Hub
 from .options import BrokerOptions, ListenerSpec
 from .store import Store
 
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 
 _SWEEP = 60.0
 """Seconds between searches for expired retained and queued messages."""
+_TURN = 200
+"""Clients that are asked whether they may stay before others have their turn."""
 
 
 @attrs.frozen(kw_only=True)
@@ -67,14 +69,22 @@ class BrokerStats:
 class Broker:
     """An MQTT 5 and 3.1.1 broker.
 
-    Serve it once at a time; a state file carries its state to the next time.
+    Serve it once at a time; a state file carries its state to the next time. `derive` gives further
+    messages that those which arrive bring about: they are routed with them, and a publisher's
+    acknowledgement waits for them too. It is called for each batch, so it must be quick, and must not
+    raise.
     """
 
     def __init__(
-        self, options: BrokerOptions | None = None, *, clock: Callable[[], float] = time.time
+        self,
+        options: BrokerOptions | None = None,
+        *,
+        clock: Callable[[], float] = time.time,
+        derive: Derive | None = None,
     ) -> None:
         self.options = options or BrokerOptions()
         self._clock = clock
+        self._derive = derive
         self._hub: Hub | None = None
         self._connections: set[ClientConnection] = set()
         self._listeners: dict[str, str] = {}
@@ -98,7 +108,9 @@ class Broker:
             if store is not None:
                 stack.push_async_callback(store.aclose)
             try:
-                self._hub = hub = Hub(self.options, store, rows, clock=self._clock, wake=wake.set)
+                self._hub = hub = Hub(
+                    self.options, store, rows, clock=self._clock, wake=wake.set, derive=self._derive
+                )
             except (msgspec.MsgspecError, LookupError, TypeError, ValueError) as error:
                 raise ConnectorError(
                     f"the state file {self.options.state_file} holds what cannot be read: {error}",
@@ -108,6 +120,8 @@ class Broker:
             hub.tick()
             housekeeping = asyncio.create_task(self._housekeeping(hub, wake))
             stack.push_async_callback(_cancel, housekeeping)
+            rechecking = asyncio.create_task(self._rechecking())
+            stack.push_async_callback(_cancel, rechecking)
             addresses = [
                 await stack.enter_async_context(spec.transport.listen(self._handler(hub, spec)))
                 for spec in listeners
@@ -199,6 +213,21 @@ class Broker:
             async with asyncio.timeout(self.options.drain_timeout):
                 for client in list(self._connections):
                     await client.over.wait()
+
+    async def _rechecking(self) -> None:
+        """Disconnect those whose right to be here has ended."""
+        while True:
+            await asyncio.sleep(self.options.recheck)
+            failed = False
+            for count, client in enumerate(list(self._connections), 1):
+                try:
+                    client.recheck()
+                except Exception:
+                    if not failed:
+                        log.exception("whether %s may stay cannot be said", client.peer.address)
+                    failed = True
+                if count % _TURN == 0:
+                    await asyncio.sleep(0)
 
     async def _housekeeping(self, hub: Hub, wake: asyncio.Event) -> None:
         swept = self._clock()

@@ -44,9 +44,9 @@ from ..protocols import (
     Principal,
     QuicState,
 )
-from .access import Anybody
 from .hub import Hub
 from .outbox import Outbox
+from .rights import Rights, owner_of
 from .router import Filter
 from .sessions import ClientSession
 from .stream import ClientStream
@@ -58,8 +58,6 @@ _GOODBYE = 2.0
 """Seconds the last bytes may take before the connection is cut."""
 _LINGER = 30.0
 """Seconds a data stream that the client has ended may take to end on our side."""
-_REMEMBER = 500_000
-"""Characters of the topics whose permission is remembered per connection."""
 
 
 class ClientConnection:
@@ -85,9 +83,7 @@ class ClientConnection:
         self._leave: asyncio.TimerHandle | None = None
         self._connect: Connect | None = None
         self._challenge: Challenge | None = None
-        self._principal: Principal | None = None
-        self._allowed: dict[str, bool] = {}
-        self._remembered = 0
+        self._rights: Rights | None = None
         self.session: ClientSession | None = None
 
     @property
@@ -120,6 +116,17 @@ class ClientConnection:
     def stop(self) -> None:
         """The broker goes: say so."""
         self._lose(R.SERVER_SHUTTING_DOWN, "the broker is stopping")
+
+    def recheck(self) -> None:
+        """See whether the client may stay, and forget what it was allowed. Raises what its
+        principal does."""
+        session, rights = self.session, self._rights
+        if session is None or rights is None or session.link is not self:
+            return
+        refusal = rights.refusal()
+        if refusal:
+            log.info("client %r must leave: %s", session.client_id, refusal)
+            self._lose(R.NOT_AUTHORIZED, refusal)
 
     # --- its life -------------------------------------------------------------------------
 
@@ -332,15 +339,21 @@ class ClientConnection:
             await self._handle(self._engine.take_events())
             return
         self._challenge = None
-        self._set_principal(answer)
-        if again:
-            self._engine.challenge(credentials.method or "", b"", final=True)
-        else:
+        session = self.session
+        if session is None:
+            self._set_principal(answer)
             await self._accept(answer)
+        elif owner_of(answer) != session.owner:
+            self._lose(R.NOT_AUTHORIZED, "the session belongs to somebody else")
+        elif session.link is self:
+            self._set_principal(answer)
+            self._hub.authorise(session, answer)
+            self._engine.challenge(credentials.method or "", b"", final=True)
 
     def _set_principal(self, principal: Principal) -> None:
-        self._principal = principal
-        self._forget_permissions()
+        assert self._connect is not None
+        client = f"client {self._connect.client_id!r} at {self.peer.address}"
+        self._rights = Rights(self._hub.options, principal, client)
         if self._leave is not None:
             self._leave.cancel()
             self._leave = None
@@ -380,14 +393,13 @@ class ClientConnection:
         await self._handle(self._engine.take_events())
 
     def _received(self, event: Received) -> None:
-        session, principal = self.session, self._principal
-        if session is None or principal is None:
+        session, rights = self.session, self._rights
+        if session is None or rights is None:
             return
         stream, messages, ids, token = event
-        options = self._hub.options
-        reasons: list[int] | None = None
-        if type(principal) is not Anybody or options.deny_publish:
-            messages, reasons = self._permitted(messages, principal)
+        messages, reasons = rights.permitted(messages)
+        if reasons is not None:
+            self._hub.usage.dropped["not_authorized"] += len(reasons) - len(messages)
         wait = self._hub.route(messages, session)
         if not token:
             return
@@ -407,26 +419,6 @@ class ClientConnection:
 
         self._hub.store.when_committed(committed)
 
-    def _permitted(
-        self, messages: list[Message], principal: Principal
-    ) -> tuple[list[Message], list[int] | None]:
-        if self._remembered > _REMEMBER:
-            self._forget_permissions()
-        allowed = self._allowed
-        for message in messages:
-            if message.topic not in allowed:
-                allowed[message.topic] = self._hub.may_publish(principal, message.topic)
-                self._remembered += len(message.topic)
-        if all(allowed[message.topic] for message in messages):
-            return messages, None
-        kept = [message for message in messages if allowed[message.topic]]
-        self._hub.usage.dropped["not_authorized"] += len(messages) - len(kept)
-        return kept, [0 if allowed[message.topic] else R.NOT_AUTHORIZED for message in messages]
-
-    def _forget_permissions(self) -> None:
-        self._allowed.clear()
-        self._remembered = 0
-
     def _settle(self, stream: int, token: int, reasons: list[int] | None) -> None:
         assert self.session is not None
         if stream == 0:
@@ -442,12 +434,14 @@ class ClientConnection:
                 outbox.pump(self._hub.clock())
 
     async def _subscribe(self, event: SubscribeRequest) -> None:
-        outbox, principal = self._outbox(event.stream, create=True), self._principal
-        if outbox is None or principal is None:
+        outbox, rights = self._outbox(event.stream, create=True), self._rights
+        if outbox is None or rights is None:
             return
-        codes, wanting = self._hub.subscribe(outbox, principal, event.packet)
+        codes, wanting = self._hub.subscribe(outbox, rights.principal, event.packet)
+        filters = [asked.topic_filter for asked in event.packet.subscriptions]
+        text = rights.refused(filters, codes) if max(codes) >= R.UNSPECIFIED_ERROR else ""
         await self._on_disk(outbox)
-        self._engine.suback(event, codes)
+        self._engine.suback(event, codes, text=text)
         self._flush()
         if wanting:
             await self._holding_back(self._send_retained(event.stream, outbox, wanting))

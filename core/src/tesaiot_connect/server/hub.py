@@ -16,15 +16,16 @@ import msgspec
 
 from ..errors import Refused
 from ..message import Message
-from ..mqtt.packets import V5, Connect, Subscribe, Unsubscribe
+from ..mqtt.packets import V5, Connect, Subscribe, Unsubscribe, Will
 from ..mqtt.properties import P
 from ..mqtt.reasons import R
 from ..mqtt.topics import split_shared
-from ..protocols import Principal
+from ..protocols import Principal, ScopedPrincipal
 from .options import BrokerOptions, allows, covers
-from .outbox import Link, Outbox, Usage, expiry, levels, remaining
+from .outbox import Entry, Link, Outbox, Usage, expiry, levels, remaining
 from .retained import Retained
-from .router import Filter, Group, Router, Target
+from .rights import Scope, owner_of, scope_of
+from .router import Filter, Router, Target
 from .sessions import ClientSession, Sessions
 from .store import Rows, Store, unpack
 
@@ -40,6 +41,10 @@ _AVERAGE = 10
 """Levels that a filter may have on average where the number of subscriptions is at its bound."""
 
 
+Derive = Callable[[Sequence[Message]], Sequence[Message]]
+"""Further messages that these bring about. Must not raise; what it returns is not asked about again."""
+
+
 class Hub:
     """The broker without its connections. `clock` gives seconds since the epoch; `wake` is called
     when something is due earlier than `next_due` said before."""
@@ -52,6 +57,7 @@ class Hub:
         *,
         clock: Callable[[], float],
         wake: Callable[[], None],
+        derive: Derive | None = None,
     ) -> None:
         self.options = options
         self.store = store
@@ -62,6 +68,7 @@ class Hub:
         self.retained = Retained(options.max_retained, options.max_retained_bytes)
         self.received = 0
         self._wake = wake
+        self._derive = derive
         self._due: list[tuple[float, str]] = []
         if rows is not None:
             self._load(rows)
@@ -95,7 +102,7 @@ class Hub:
         if session is not None and session.expires_at is not None and session.expires_at <= now:
             self.end(session)
             session = None
-        if session is not None and session.owner != principal.name:
+        if session is not None and session.owner != owner_of(principal):
             raise Refused(
                 f"the client identifier {client_id!r} belongs to somebody else",
                 reason_code=R.CLIENT_IDENTIFIER_NOT_VALID,
@@ -113,14 +120,23 @@ class Hub:
         if session is None:
             if len(self.sessions) >= options.max_sessions:
                 raise Refused("there are too many sessions", reason_code=R.QUOTA_EXCEEDED)
-            session = self.sessions.create(client_id, principal.name)
+            session = self.sessions.create(client_id, owner_of(principal))
         session.link = link
         self.sessions.set_expiry(session, seconds, expires_at=None)
         self.sessions.set_will(session, will)
-        for topic_filter in list(session.outbox.filters) if present else ():
-            if self._refusal(session, principal, topic_filter):
-                self._drop_filter(session.outbox, topic_filter)
+        self.authorise(session, principal, resumed=present)
         return session, present, properties
+
+    def authorise(self, session: ClientSession, principal: Principal, *, resumed: bool = False) -> None:
+        """Let go of what the principal may not have (any more); `resumed` before the client is told
+        anything: what was on its way to it is not sent again then."""
+        session.principal, session.scope = principal, scope_of(principal)
+        for outbox in session.outboxes.values():
+            for topic_filter in list(outbox.filters):
+                if self._refusal(principal, topic_filter):
+                    self._drop_filter(outbox, topic_filter)
+            if isinstance(principal, ScopedPrincipal):
+                self._withdraw(outbox, principal.may_receive, resumed)
 
     def disconnected(
         self, session: ClientSession, link: Link, *, orderly: bool = False, expiry: int | None = None
@@ -166,7 +182,7 @@ class Hub:
         will = session.will if session.will_due is not None else None
         self.sessions.remove(session)
         if will is not None:
-            self.route([will.message])
+            self._publish_will(session, will)
 
     def next_due(self) -> float | None:
         return self._due[0][0] if self._due else None
@@ -203,6 +219,8 @@ class Hub:
         they may be acknowledged to their publisher, whose session is `session`."""
         now = self.clock()
         self.received += len(messages)
+        if self._derive is not None:
+            messages = [*messages, *self._derive(messages)]
         boxes: dict[Outbox, list[Message]] = {}
         shared: dict[tuple[Outbox, str], list[Message]] = {}
         wait = False
@@ -229,7 +247,7 @@ class Hub:
                 else:
                     batch.append(copy)
             for group in groups:
-                chosen = group.pick()
+                chosen = group.pick(message.topic)
                 if chosen is not None:
                     key = (chosen.subscriber, group.topic_filter)
                     shared.setdefault(key, []).append(_copy(message, chosen, variants))
@@ -252,7 +270,7 @@ class Hub:
         codes: list[int] = []
         wanting: list[Filter] = []
         for asked in packet.subscriptions:
-            refusal = self._refusal(outbox.session, principal, asked.topic_filter)
+            refusal = self._refusal(principal, asked.topic_filter)
             if not refusal and asked.topic_filter not in outbox.filters:
                 refusal = self._no_room(outbox.session, asked.topic_filter)
             if refusal:
@@ -312,7 +330,7 @@ class Hub:
             properties[P.SESSION_EXPIRY] = longest
         return min(asked, longest)
 
-    def _refusal(self, session: ClientSession, principal: Principal, topic_filter: str) -> int:
+    def _refusal(self, principal: Principal, topic_filter: str) -> int:
         """The reason code against a subscription, 0 if there is none."""
         if topic_filter.count("/") >= _LEVELS:
             return R.TOPIC_FILTER_INVALID
@@ -354,18 +372,34 @@ class Hub:
     def _requeue(self, outbox: Outbox, filters: Sequence[str], *, sent: bool, online: bool = False) -> None:
         """Give what waits for one member of shared subscriptions to the others, if there are any
         (and, with `online`, one of them is connected)."""
-        groups: dict[str, Group[Outbox]] = {}
-        for topic_filter in filters:
-            group = self.router.group(topic_filter)
-            other = group.pick(outbox) if group is not None else None
-            if group is not None and other is not None and (other.subscriber.online or not online):
-                groups[topic_filter] = group
+        groups = {one: group for one in filters if (group := self.router.group(one)) is not None}
         if not groups:
             return
+
+        def other(entry: Entry) -> bool:
+            group = groups.get(entry.shared or "")
+            return group is not None and group.others(entry.message.topic, outbox, online=online)
+
+        self._pass_on(outbox, outbox.take(other, sent=sent))
+
+    def _withdraw(self, outbox: Outbox, may_receive: Scope, resumed: bool) -> None:
+        """Take back what waits for a client and may not be given to it."""
+        entries = outbox.take(lambda entry: not may_receive(entry.message.topic), sent=resumed)
+        if resumed:
+            gone, outbound = {entry.key for entry in entries}, outbox.session.state.outbound
+            for packet_id, item in list(outbound.items()):
+                if item.key in gone:
+                    del outbound[packet_id]
+                elif not may_receive(item.message.topic):
+                    item.released = True  # QoS 2: PUBREL ends it on both sides
+        self._pass_on(outbox, entries)
+
+    def _pass_on(self, outbox: Outbox, entries: Sequence[Entry]) -> None:
+        """Give what came by shared subscriptions to other members who may have it, if there are any."""
         now = self.clock()
-        for entry in outbox.take_shared(groups.keys(), sent=sent):
-            assert entry.shared is not None
-            target = groups[entry.shared].pick(outbox)
+        for entry in entries:
+            group = self.router.group(entry.shared) if entry.shared is not None else None
+            target = group.pick(entry.message.topic, outbox) if group is not None else None
             if target is not None:
                 message = entry.message
                 if entry.expires_at is not None:
@@ -373,11 +407,18 @@ class Hub:
                 message = _changed(message, min(message.qos, target.qos), message.retain, target.identifiers)
                 target.subscriber.deliver([message], now, shared=entry.shared)
 
+    def _publish_will(self, session: ClientSession, will: Will) -> None:
+        """Unless its client may not publish it any more."""
+        if session.principal is None or self.may_publish(session.principal, will.message.topic):
+            self.route([will.message])
+        else:
+            self.usage.dropped["not_authorized"] += 1
+
     def _settle_will(self, session: ClientSession, now: float) -> None:
         will = session.will
         if will is not None and session.will_due is not None and session.will_due <= now:
             self.sessions.set_will(session, None)
-            self.route([will.message])
+            self._publish_will(session, will)
 
     def _retain(self, message: Message, now: float) -> bool:
         """Whether the state file has something to commit."""

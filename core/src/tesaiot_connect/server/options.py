@@ -11,11 +11,11 @@ from typing import Any, Literal
 
 import attrs
 
+from ..access import Anonymous
 from ..errors import ConnectorError, ProtocolError
 from ..mqtt.server import ServerLimits
 from ..mqtt.topics import check_filter, matches, split_shared
 from ..protocols import Authenticator, Duration, Listener, Size
-from .access import Anonymous
 
 _at_least_one: Any = attrs.validators.ge(1)
 _not_negative: Any = attrs.validators.ge(0)
@@ -95,6 +95,9 @@ class BrokerOptions:
     nothing: a wider filter still gets the messages."""
     deny_publish: tuple[str, ...] = attrs.field(default=(), validator=_filters)
     """Messages to topics that match are refused (MQTT 5: not authorized, 0x87) and dropped."""
+    recheck: Duration = attrs.field(default=Duration(2), validator=attrs.validators.gt(Duration(0)))
+    """How often connected clients are asked whether they may stay, and so the longest that an account
+    that was removed stays connected, or an old decision about what may be published holds."""
     response_prefix: str = ""
     """Clients that ask for response information get this, their client id and a slash as a
     topic prefix of their own. Empty: none is given."""

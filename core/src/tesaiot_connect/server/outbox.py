@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import attrs
@@ -17,6 +17,7 @@ import msgspec
 
 from ..message import NO_PROPERTIES, Message
 from .options import BrokerOptions
+from .rights import Scope
 from .router import Filter
 from .store import Store
 
@@ -130,6 +131,10 @@ class Outbox:
     def congested(self) -> bool:
         return bool(self.queue)
 
+    @property
+    def scope(self) -> Scope | None:
+        return self.session.scope
+
     def add_filter(self, subscription: Filter) -> None:
         topic_filter = subscription.options.topic_filter
         if topic_filter not in self.filters:
@@ -153,7 +158,11 @@ class Outbox:
 
         `keep_qos0` queues QoS 0 messages too (retained messages, which nobody sends twice).
         """
-        usage, link = self._usage, self.session.link
+        usage, link, scope = self._usage, self.session.link, self.session.scope
+        if scope is not None:
+            messages = [message for message in messages if scope(message.topic)]
+            if not messages:
+                return False
         if link is None:
             keep_qos0 = keep_qos0 or usage.options.queue_qos0
             self._enqueue(self._entries(messages, now, shared), keep_qos0)
@@ -187,10 +196,16 @@ class Outbox:
         return self.durable
 
     def pump(self, now: float) -> None:
-        """Send from the queue what can be sent now."""
+        """Send from the queue what can be sent now, and may be now."""
+        scope = self.session.scope
         while self.queue and self.session.link is not None:
             batch: list[Entry] = []
             for entry in itertools.islice(self.queue, _PUMP):
+                if scope is not None and not scope(entry.message.topic):
+                    if not batch:
+                        self._forget(self.queue.popleft())
+                        self._usage.queued -= 1
+                    break
                 if entry.expires_at is not None:
                     if entry.expires_at <= now:
                         if batch:
@@ -227,15 +242,18 @@ class Outbox:
                 self._forget(entry)
                 self._usage.dropped["refused_by_client"] += 1
 
-    def take_shared(self, filters: Collection[str], *, sent: bool) -> list[Entry]:
-        """Take out what came by these shared subscriptions and may go to another member: what waits,
-        and with `sent` also QoS 1 in flight (QoS 2 in flight never: MQTT 5 section 4.8.2)."""
-        taken = [entry for entry in self.queue if entry.shared in filters]
+    def take(self, which: Callable[[Entry], bool], *, sent: bool) -> list[Entry]:
+        """Take out such messages: what waits, and with `sent` also QoS 1 in flight (QoS 2 in flight
+        never: the client may have begun to take it)."""
+        taken: list[Entry] = []
+        kept: deque[Entry] = deque()
+        for entry in self.queue:
+            (taken if which(entry) else kept).append(entry)
         if taken:
-            self.queue = deque(entry for entry in self.queue if entry.shared not in filters)
+            self.queue = kept
             self._usage.queued -= len(taken)
         if sent:
-            moving = [e for e in self.inflight.values() if e.shared in filters and e.message.qos == 1]
+            moving = [e for e in self.inflight.values() if e.message.qos == 1 and which(e)]
             for entry in moving:
                 del self.inflight[entry.key]
             taken = moving + taken

@@ -7,6 +7,8 @@ a shared group gets one copy as a whole (section 4.8.2).
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from ..mqtt.packets import Subscription
@@ -27,6 +29,11 @@ class Subscriber(Protocol):
     @property
     def congested(self) -> bool:
         """Whether what it gets now would have to wait."""
+        ...
+
+    @property
+    def scope(self) -> Callable[[str], bool] | None:
+        """Which topics it may get messages of, whatever it subscribed to; None is any."""
         ...
 
 
@@ -62,42 +69,55 @@ class Member(NamedTuple, Generic[S]):
 class Group(Generic[S]):
     """The members of one shared subscription, taking turns."""
 
-    __slots__ = ("_members", "_targets", "_turn", "topic_filter")
+    __slots__ = ("_members", "_targets", "topic_filter")
 
     def __init__(self, topic_filter: str) -> None:
         self.topic_filter = topic_filter
         """As subscribed to: $share/<group>/<filter>."""
         self._members: dict[S, Target[S]] = {}
-        self._targets: list[Target[S]] = []
-        self._turn = 0
+        self._targets: deque[Target[S]] = deque()
+        """Whose turn it is, first."""
 
     def __len__(self) -> int:
         return len(self._members)
 
     def add(self, subscriber: S, subscription: Filter) -> None:
         self._members[subscriber] = _target(subscriber, [subscription])
-        self._targets = list(self._members.values())
+        self._targets = deque(self._members.values())
 
     def remove(self, subscriber: S) -> None:
         self._members.pop(subscriber, None)
-        self._targets = list(self._members.values())
+        self._targets = deque(self._members.values())
 
-    def pick(self, besides: S | None = None) -> Target[S] | None:
+    def pick(self, topic: str, besides: S | None = None) -> Target[S] | None:
         """Whose turn it is: of the members who can take a message at once, else of those that
-        are connected, else of all. `besides` is passed over. None when nobody is left."""
+        are connected, else of all. `besides` is passed over, and who may not get messages to this
+        topic. None when nobody is left."""
         best: Target[S] | None = None
-        best_rank, turn, count = 3, self._turn, len(self._targets)
-        for step in range(count):
-            target = self._targets[(turn + step) % count]
+        best_rank, place = 3, 0
+        for index, target in enumerate(self._targets):
             subscriber = target.subscriber
-            if subscriber is besides:
+            scope = subscriber.scope
+            if subscriber is besides or (scope is not None and not scope(topic)):
                 continue
             rank = (1 if subscriber.congested else 0) if subscriber.online else 2
             if rank < best_rank:
-                best, best_rank, self._turn = target, rank, turn + step + 1
+                best, best_rank, place = target, rank, index
                 if rank == 0:
                     break
+        if best is not None:
+            del self._targets[place]
+            self._targets.append(best)
         return best
+
+    def others(self, topic: str, besides: S, *, online: bool) -> bool:
+        """Whether a message to this topic could go to another member (who is connected, if `online`)."""
+        return any(
+            one is not besides
+            and (one.online or not online)
+            and ((scope := one.scope) is None or scope(topic))
+            for one in self._members
+        )
 
 
 class Match(NamedTuple, Generic[S]):

@@ -13,7 +13,9 @@ import msgspec
 
 from ..mqtt.packets import Will
 from ..mqtt.session import InFlight, Session
+from ..protocols import Principal
 from .outbox import Entry, Link, Outbox, Usage, footprint
+from .rights import Scope
 from .router import Filter
 from .store import Rows, pack, unpack
 
@@ -31,14 +33,18 @@ class ClientSession:
     """What the broker knows of one client identifier, connected or not."""
 
     __slots__ = (
-        "client_id", "durable", "expires_at", "expiry", "link", "outboxes", "owner", "saved",
-        "state", "will", "will_due",
+        "client_id", "durable", "expires_at", "expiry", "link", "outboxes", "owner", "principal",
+        "saved", "scope", "state", "will", "will_due",
     )  # fmt: skip
 
     def __init__(self, client_id: str, owner: str, usage: Usage) -> None:
         self.client_id = client_id
         self.owner = owner
-        """Name of the principal it belongs to; nobody else gets it."""
+        """`rights.owner_of` the principal it belongs to; nobody else gets it."""
+        self.principal: Principal | None = None
+        """The last one that was connected; None if that was before the broker's start."""
+        self.scope: Scope | None = None
+        """Judges what is given to it; kept while the client is away."""
         self.expiry = 0
         """Seconds it outlives its connection."""
         self.expires_at: float | None = None

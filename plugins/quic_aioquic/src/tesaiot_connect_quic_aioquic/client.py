@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 
 from aioquic.tls import SessionTicket
 
-from tesaiot_connect import ClientCertificate, ConnectFailed, ConnectorError, Disconnected
+from tesaiot_connect import ClientCertificate, ConnectFailed, ConnectorError, Disconnected, tcp
 
 from .certificates import Trust, client_trust
 from .configuration import configuration
 from .connection import QuicConnection
-from .dial import ClientEndpoint, alternate, race, resolve, unsupported_identity
+from .dial import ClientEndpoint, race, resolve, unsupported_identity
 from .endpoint import Budget, Tuning, Windows, address_text
 from .explain import explain_silence
 from .quic import Quic
@@ -51,7 +51,7 @@ async def connect(recipe: QuicAioquic, *, identity: ClientCertificate | None, ea
     if ticket is not None and not (recipe.zero_rtt and early):
         ticket = dataclasses.replace(ticket, max_early_data_size=None)
     dial = functools.partial(_dial, recipe, trust=trust, deadline=deadline, key=key, tickets=tickets)
-    first, *others = alternate(addresses)
+    first, *others = tcp.alternate(addresses)
     # early data goes to one address alone, and a ticket serves once
     attempts: list[Callable[[], Awaitable[QuicConnection]]] = [
         functools.partial(dial, *first, ticket=ticket, early=early),

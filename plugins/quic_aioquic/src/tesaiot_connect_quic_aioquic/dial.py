@@ -7,7 +7,6 @@ everything else is closed before it does; early data goes to one address alone.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import socket
 from collections import deque
@@ -44,13 +43,6 @@ async def resolve(host: str, port: int) -> list[tuple[int, Address]]:
     return list(
         dict.fromkeys((int(family), address) for family, _, _, _, address in found if family in families)
     )
-
-
-def alternate(addresses: Sequence[tuple[int, Address]]) -> list[tuple[int, Address]]:
-    """The families in turn, the preferred one first (RFC 8305 section 4)."""
-    families = dict.fromkeys(family for family, _ in addresses)
-    columns = [[a for a in addresses if a[0] == family] for family in families]
-    return [a for row in itertools.zip_longest(*columns) for a in row if a is not None]
 
 
 async def race(attempts: Sequence[Callable[[], Awaitable[QuicConnection]]], delay: float) -> QuicConnection:

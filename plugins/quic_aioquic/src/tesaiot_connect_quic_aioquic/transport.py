@@ -47,6 +47,14 @@ def _some(_instance: Any, field: Any, value: Any) -> None:
         raise ValueError(f"{field.name} must be more than nothing")
 
 
+def _no_client_certificates(_instance: Any, _field: Any, value: ServerTls | None) -> None:
+    if value is not None and value.client_certificate != "none":
+        raise ValueError(
+            "a QUIC listener takes no client certificates: leave client_certificate = "
+            f'"{value.client_certificate}" out, and add an mqtts:// listener for clients that have one'
+        )
+
+
 @attrs.frozen
 class QuicAioquic:
     """`quic://host:14567`: MQTT over QUIC, TLS 1.3 included, with as many streams as the client opens."""
@@ -151,7 +159,9 @@ class QuicAioquic:
         "ticket serves once over all processes. Default: in memory.",
         converter=attrs.converters.optional(Path),
     )
-    server_tls: ServerTls | None = _option(None, "Listener: certificate and key.")
+    server_tls: ServerTls | None = _option(
+        None, "Listener: certificate and key.", validator=_no_client_certificates
+    )
 
     @property
     def secure(self) -> bool:
