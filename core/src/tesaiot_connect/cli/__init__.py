@@ -28,10 +28,12 @@ VERBS = {
     "run": "Run the pipelines of a file.",
     "lint": "Check files without connecting to anything.",
     "check": "Connect every connection of a file; move no data.",
+    "bundle": "Look into a bundle that the platform gave out.",
     "plugins": "List what is installed, and what is broken.",
     "pub": "Publish messages.",
     "sub": "Subscribe and print messages.",
     "serve": "Run the embedded broker.",
+    "sandbox": "Run a stand-in of the platform on this machine.",
     "schema": "Print the JSON Schema of pipeline.toml.",
 }
 

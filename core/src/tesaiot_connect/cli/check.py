@@ -10,7 +10,7 @@ import click
 
 from ..errors import ConnectorError
 from . import UNREACHABLE, logs, options
-from .target import aside
+from .target import aside, bundle, is_bundle
 
 if TYPE_CHECKING:
     from ..client import MqttConnection
@@ -27,19 +27,28 @@ def command(
 ) -> None:
     """Connect every connection of FILE, move no data, and say how it went.
 
+    FILE is a pipeline file, or the folder of a bundle.
+
     Uses a client id of its own (the configured one with "-check" at its end), so that a
     pipeline that is running keeps its session. Exits 69 if a connection cannot be made.
     """
-    from ..config import load
-
-    config = load(file, overrides=overrides, env_file=env_file, need_pipelines=False)
+    connections = _connections(file, overrides, env_file)
     logs.configure("human", log_level, debug=ctx.obj["debug"])
-    if not config.connections:
+    if not connections:
         click.echo(f"{file}: right, and has no connections")
         return
-    width = max(map(len, config.connections))
-    failed = asyncio.run(_check_all(list(config.connections.values()), width))
+    width = max(len(connection.name) for connection in connections)
+    failed = asyncio.run(_check_all(connections, width))
     ctx.exit(UNREACHABLE if failed else 0)
+
+
+def _connections(file: str, overrides: tuple[str, ...], env_file: str | None) -> list[MqttConnection]:
+    if is_bundle(file):
+        return [bundle(file, overrides, env_file)]
+    from ..config import load
+
+    found = load(file, overrides=overrides, env_file=env_file, need_pipelines=False)
+    return list(found.connections.values())
 
 
 async def _check_all(connections: list[MqttConnection], width: int) -> int:

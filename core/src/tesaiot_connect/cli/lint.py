@@ -10,6 +10,8 @@ from ..errors import ConfigError, Problem
 from . import INVALID_CONFIG, options
 
 if TYPE_CHECKING:
+    from ..config import Config
+    from ..config.serving import ServerConfig
     from ..plugins import Catalog
 
 
@@ -24,7 +26,9 @@ def command(
     """Check files for `run` or `serve`, without connecting to anything.
 
     Shows everything that is wrong, with its line and what to write instead. Steps written in
-    Python are imported. Exits 78 if anything is wrong; warnings alone are fine.
+    Python are imported. Says too which security levels (ncsa-1, ncsa-2) the file meets, and what is
+    in the way of the others; that is an error only where `[security] policy` asks for the level.
+    Exits 78 if anything is wrong; warnings alone are fine.
     """
     from ..plugins import load
 
@@ -32,13 +36,14 @@ def command(
     problems: list[Problem] = []
     for file in files:
         try:
-            good, warnings = _lint(file, overrides, env_file, catalog)
+            checked = _lint(file, overrides, env_file, catalog)
         except ConfigError as error:
             problems += error.problems
             continue
-        for warning in warnings:
+        for warning in checked.warnings:
             click.echo(f"warning: {warning}")
-        click.echo(good)
+        click.echo(f"{file}: right, {_count(checked)}")
+        _security(file, checked)
     if problems:
         for problem in problems:
             click.echo(str(problem), err=True)
@@ -49,7 +54,7 @@ def command(
 
 def _lint(
     file: str, overrides: tuple[str, ...], env_file: str | None, catalog: Catalog
-) -> tuple[str, tuple[Problem, ...]]:
+) -> Config | ServerConfig:
     from ..config import load
     from ..config.document import Document
 
@@ -57,11 +62,29 @@ def _lint(
     if tables & {"broker", "listeners"} and not tables & {"pipelines", "sources", "sinks"}:
         from ..config.serving import load_server
 
-        server = load_server(file, overrides=overrides, env_file=env_file, catalog=catalog)
-        return f"{file}: right, {_count(len(server.listeners), 'listener')}", ()
-    config = load(file, overrides=overrides, env_file=env_file, catalog=catalog)
-    return f"{file}: right, {_count(len(config.pipelines), 'pipeline')}", config.warnings
+        return load_server(file, overrides=overrides, env_file=env_file, catalog=catalog)
+    return load(file, overrides=overrides, env_file=env_file, catalog=catalog)
 
 
-def _count(number: int, what: str) -> str:
+def _security(file: str, checked: Config | ServerConfig) -> None:
+    """Which security levels the connections or listeners meet; no failure, whatever they are."""
+    from ..config import Config
+    from ..config.security import report
+
+    if isinstance(checked, Config) and not checked.connections:
+        return
+    words, missing = report(checked.findings)
+    click.echo(f"{file}: {words}")
+    for problem in missing:
+        click.echo(f"  {problem}")
+
+
+def _count(checked: Config | ServerConfig) -> str:
+    from ..config import Config
+
+    number, what = (
+        (len(checked.pipelines), "pipeline")
+        if isinstance(checked, Config)
+        else (len(checked.listeners), "listener")
+    )
     return f"{number} {what}" + ("" if number == 1 else "s")

@@ -5,7 +5,8 @@ Owns: their spelling and meaning. Rule: an option means the same everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
@@ -24,6 +25,15 @@ env_file = click.option(
     metavar="FILE",
     help="Take variables that the environment does not have from NAME=value lines.",
 )
+
+
+def environment(env_file: str | None) -> Mapping[str, str]:
+    """The variables with those of --env-file. Raises ConfigError."""
+    if env_file is None:
+        return os.environ
+    from ..config.document import read_env_file
+
+    return {**read_env_file(env_file), **os.environ}
 
 
 def logging_options(function: F) -> F:

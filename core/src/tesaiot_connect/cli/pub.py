@@ -38,7 +38,9 @@ def command(
     retain: bool,
     lines: bool,
 ) -> None:
-    """Publish PAYLOAD to TOPIC at TARGET, a URL such as mqtts://host:8883.
+    """Publish PAYLOAD to TOPIC at TARGET.
+
+    TARGET is a URL such as mqtts://host:8883, or the folder of a bundle.
 
     Without PAYLOAD all of standard input is the payload. Returns when the broker has taken
     everything over (QoS 0: when it was written).

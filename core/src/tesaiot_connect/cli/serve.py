@@ -38,6 +38,8 @@ def command(
 
     config = load_server(file, overrides=overrides, env_file=env_file)
     logs.configure(log_format, log_level, debug=ctx.obj["debug"])
+    for warning in config.warnings:
+        log.warning("%s", warning)
     asyncio.run(_serve(config))
 
 

@@ -40,7 +40,9 @@ def command(
     count: int | None,
     as_json: bool,
 ) -> None:
-    """Print topic and payload of every message at TARGET, a URL such as mqtts://host:8883.
+    """Print topic and payload of every message at TARGET.
+
+    TARGET is a URL such as mqtts://host:8883, or the folder of a bundle.
 
     Goes on, through reconnects, until it is interrupted or has --count messages.
     """

@@ -1,17 +1,20 @@
-"""Where `pub` and `sub` connect to: a URL, or a connection of a file.
+"""Where `pub` and `sub` connect to: a URL, a bundle, or a connection of a file.
 
 Owns: the options that say it. Rule: a URL takes the same keys as a connection's table, by --set.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
 import click
 
 from ..errors import ConfigError, Problem
+from . import options
 
 if TYPE_CHECKING:
     from ..client import Client, MqttConnection
@@ -23,7 +26,11 @@ def target_options(function: F) -> F:
     """The argument TARGET with -c, --set and --env-file."""
     overrides = "A key of the connection, or with -c of the file: --set tls.ca_file=ca.pem. May be repeated."
     for option in (
-        click.option("--env-file", metavar="FILE", help="NAME=value lines for the variables of FILE."),
+        click.option(
+            "--env-file",
+            metavar="FILE",
+            help="NAME=value lines for the variables of FILE, a bundle or --set.",
+        ),
         click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help=overrides),
         click.option("-c", "--config", "file", metavar="FILE", help="TARGET is a connection of this file."),
         click.argument("target", metavar="TARGET"),
@@ -35,14 +42,22 @@ def target_options(function: F) -> F:
 def client(target: str, file: str | None, overrides: tuple[str, ...], env_file: str | None) -> Client:
     """A client for one connection, not dialed yet. Raises ConfigError.
 
-    A connection's client id gets "-cli" at its end: a pipeline that is running keeps its session.
+    A client id that a file or bundle gives gets "-cli" at its end: whoever runs with it keeps its
+    session. One of --set stays as it is.
     """
     from ..client import Client
     from ..config import connection, load
 
     if file is None:
-        found = connection(target, overrides=overrides)
-        return Client(found.dialer, found.options, auth=found.auth, name=target)
+        is_path = "://" not in target and (os.sep in target or "/" in target)
+        if is_path or is_bundle(target):
+            found = bundle(target, overrides, env_file)
+        else:
+            found = connection(target, overrides=overrides, environ=options.environment(env_file))
+        chosen = found.options
+        if chosen.client_id and not any(one.partition("=")[0].strip() == "client_id" for one in overrides):
+            chosen = attrs.evolve(chosen, client_id=f"{chosen.client_id}-cli", clean_session=True)
+        return Client(found.dialer, chosen, auth=found.auth, name=target)
     known = load(file, overrides=overrides, env_file=env_file, need_pipelines=False).connections
     if target not in known:
         from ..config.document import nearest
@@ -50,6 +65,18 @@ def client(target: str, file: str | None, overrides: tuple[str, ...], env_file: 
         fix = nearest(target, known, "connections")
         raise ConfigError([Problem(file, 0, "", f"there is no connection {target!r}", fix)])
     return aside(known[target], "cli")
+
+
+def is_bundle(target: str) -> bool:
+    """Whether it is the folder of a bundle; a URL is none, and neither is a file."""
+    return "://" not in target and Path(target).is_dir()
+
+
+def bundle(folder: str, overrides: tuple[str, ...], env_file: str | None) -> MqttConnection:
+    """The connection of a bundle. Raises ConfigError."""
+    from ..config import bundle_connection
+
+    return bundle_connection(folder, overrides=overrides, environ=options.environment(env_file))
 
 
 def aside(connection: MqttConnection, suffix: str) -> Client:

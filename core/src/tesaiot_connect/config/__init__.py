@@ -2,6 +2,7 @@
 
     config = load("pipeline.toml")          # raises ConfigError with every problem
     config.pipelines                        # ready for the runner
+    bundle_connection("devices/d1/")        # a connection, as the platform's bundle says
 
 A file for `serve` is read by `serving.load_server`, which is not imported here: a pipeline has
 no use for the server room.
@@ -11,6 +12,7 @@ Rule of the room: nothing is opened, dialed or started while a configuration is 
 
 from __future__ import annotations
 
-from .compose import Config, connection, load
+from .bundle import Bundle, read_bundle
+from .compose import Config, bundle_connection, connection, load
 
-__all__ = ["Config", "connection", "load"]
+__all__ = ["Bundle", "Config", "bundle_connection", "connection", "load", "read_bundle"]

@@ -7,6 +7,7 @@ failed elsewhere is not reported again where it is used.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path as FilePath
@@ -16,21 +17,24 @@ import attrs
 
 from ..backoff import Backoff
 from ..client import ClientOptions, MqttConnection
-from ..errors import PluginError, Problem
+from ..errors import ConfigError, PluginError, Problem
 from ..negotiation import InOrder
 from ..pipeline import OnError, PipelineSpec, SinkSpec, SourceSpec, TopicFields
 from ..plugins import PACKAGES, Catalog, Kind, load as load_catalog
 from ..protocols import Auth, Process, Serializer, Transport, Url
-from . import checks
+from . import checks, security
+from .bundle import SECURED, lay_under
 from .document import Document, Text, nearest, read_env_file, show
 from .lines import Path
 from .process import load_process
 from .structure import Reported, Wrong, converter, keys, structure
 
+log = logging.getLogger(__name__)
+
 ALIASES = {"mqtt-quic": "quic", "mqtt+quic": "quic"}
 """Other spellings of URL schemes."""
 
-SECTIONS = ("connections", "sources", "sinks", "pipelines")
+SECTIONS = ("security", "connections", "sources", "sinks", "pipelines")
 """The tables of a pipeline file."""
 
 
@@ -43,6 +47,8 @@ class Config:
     pipelines: tuple[PipelineSpec, ...]
     warnings: tuple[Problem, ...] = ()
     """What is not wrong, but should be known: shown by `lint`, logged by `run`."""
+    findings: tuple[security.Finding, ...] = ()
+    """What keeps the connections from security levels that no policy asks for: for `lint`."""
 
 
 @attrs.frozen(kw_only=True)
@@ -79,6 +85,9 @@ class Composer:
         self.sinks: dict[str, SinkSpec | None] = {}
         self.warnings: list[Problem] = []
         """What is not wrong, but should be known."""
+        self.findings: list[security.Finding] = []
+        """What falls short of security levels that no policy asks for."""
+        self.security = security.SecurityOptions()
         self._converter = converter({MqttConnection: self._find_connection})
 
     def structure(self, path: Path, value: Any, kind: type[Any], **how: Any) -> Any:
@@ -89,6 +98,33 @@ class Composer:
         for name in self.doc.data.keys() - set(known):
             fix = elsewhere.get(name) or nearest(name, known, "tables")
             self.doc.problem((name,), "unknown table", fix)
+
+    def policy(self) -> None:
+        """`[security]`: before anything is composed that must keep it."""
+        table = self.doc.data.get("security", {})
+        self.security = self.structure(("security",), table, security.SecurityOptions) or self.security
+
+    def secured(
+        self, recipe: Any, table: Mapping[str, Any], place: Callable[[Path], Path], *, listener: bool = False
+    ) -> Any:
+        """A transport's recipe as the policy has it, None if it does not keep it.
+
+        `place` says where a key of its table stands in the document.
+        """
+        options, kept = self.security, True
+        recipe = security.raised(recipe, table, options.level)
+        for one in security.judge(recipe, listener=listener):
+            found = self.doc.note(place(one.key), one.message, one.fix)
+            if found.file != self.doc.file:
+                found = attrs.evolve(found, fix=SECURED.get(found.key, one.fix))
+            if one.level > options.level:
+                self.findings.append(security.Finding(one.level, found))
+                continue
+            kept = False
+            found = attrs.evolve(found, message=f'{one.message}, which the policy "{options.policy}" forbids')
+            if found not in self.doc.problems:
+                self.doc.problems.append(found)
+        return recipe if kept else None
 
     def tables(self, section: str) -> Iterator[tuple[str, Path, dict[str, Any]]]:
         """Name, path and keys of every `[section.<name>]`."""
@@ -103,10 +139,18 @@ class Composer:
                 fix = f"Write [{section}.<name>], then the keys"
                 self.doc.problem((section, name), f"expected a table, got {show(table)}", fix)
 
-    def component(self, kind: Kind, path: Path, table: Any, also: Iterable[str] = ()) -> Any:
+    def component(
+        self,
+        kind: Kind,
+        path: Path,
+        table: Any,
+        also: Iterable[str] = (),
+        shared: Mapping[str, Any] = {},
+    ) -> Any:
         """An object of the implementation that `type` names, None if something is wrong.
 
-        `also` names keys of the table that the caller reads.
+        `also` names keys of the table that the caller reads; `shared` are objects for fields that the
+        table leaves out, where the implementation has such fields.
         """
         if not isinstance(table, dict):
             self.doc.problem(path, f"expected a table, got {show(table)}", 'Write { type = "..." }')
@@ -125,15 +169,21 @@ class Composer:
             self.doc.problem((*path, "type"), error.what, error.fix)
             return None
         rest = {key: value for key, value in table.items() if key != "type" and key not in also}
+        fields = keys(found.recipe)
+        rest = {**{key: value for key, value in shared.items() if key in fields}, **rest}
         return self.structure(path, rest, found.recipe, also=("type", *also))
 
     # --- connections ----------------------------------------------------------------------
 
     def connection(self, name: str, path: Path, table: dict[str, Any]) -> MqttConnection | None:
         """`[connections.<name>]`: endpoints, auth, tls, and every key of ClientOptions."""
-        own = ("endpoints", "auth", "tls")
+        own = ("bundle", "endpoints", "auth", "tls")
+        written = table.keys() & {"tls"}
+        whole = "bundle" not in table or self._unpack(path, table)
         rest = {key: value for key, value in table.items() if key not in own}
         options: ClientOptions | None = self.structure(path, rest, ClientOptions, also=own)
+        if not whole:
+            return None
         auth: Auth | None = None
         if "auth" in table:
             auth = self.component("auth", (*path, "auth"), table["auth"])
@@ -150,15 +200,27 @@ class Composer:
         else:
             what = "the key `endpoints` is missing" if endpoints is None else "expected an array of URLs"
             where = path if endpoints is None else (*path, "endpoints")
-            written = f'"{endpoints}"' if isinstance(endpoints, str) else '"mqtts://broker.example:8883"'
-            self.doc.problem(where, what, f"Write endpoints = [{written}], best first")
+            example = f'"{endpoints}"' if isinstance(endpoints, str) else '"mqtts://broker.example:8883"'
+            self.doc.problem(where, what, f"Write endpoints = [{example}], best first")
         dialed = [transport for transport in transports if transport is not None]
-        if "tls" in table and dialed and not any("tls" in keys(type(one)) for one in dialed):
+        if written and dialed and not any("tls" in keys(type(one)) for one in dialed):
             self.doc.problem((*path, "tls"), "no endpoint of this connection has TLS options", "Remove it")
         if options is None or ("auth" in table and auth is None) or len(dialed) < max(1, len(transports)):
             return None
         dialer = InOrder(dialed, timeout=options.connect_timeout)
         return MqttConnection(name, dialer, options, auth)
+
+    def _unpack(self, path: Path, table: dict[str, Any]) -> bool:
+        """Fill the table with what only its bundle has; False when something is wrong with that."""
+        folder: FilePath | None = self.structure((*path, "bundle"), table["bundle"], FilePath)
+        if folder is None:
+            return False
+        try:
+            self.warnings += lay_under(self.doc, path, table, folder)
+        except ConfigError as error:
+            self.doc.problems += [one for one in error.problems if one not in self.doc.problems]
+            return False
+        return True
 
     def _absent(self, endpoint: Any) -> PluginError | None:
         """Why no installed plugin serves an endpoint whose scheme is one we know of."""
@@ -199,7 +261,13 @@ class Composer:
             return (*path[:-2], *place[len(path) :]) if inherited else place
 
         made: Transport | None = self.structure(path, {"url": url, **rest}, kind, also=("via",), moved=moved)
-        return made
+
+        def place(key: Path) -> Path:
+            written = rest.get("tls")
+            return moved((*path, *key)) if key and isinstance(written, dict) and key[-1] in written else path
+
+        secured: Transport | None = None if made is None else self.secured(made, rest, place)
+        return secured
 
     def transport(self, path: Path, url: Url, via: str, via_path: Path) -> tuple[Url, Any]:
         """The URL with its scheme's usual name, and the transport's class; None if there is none."""
@@ -349,7 +417,10 @@ def load(
     """
     doc = read(path, overrides, environ, env_file)
     composer = Composer(doc, catalog or load_catalog())
-    composer.top(SECTIONS, dict.fromkeys(("broker", "listeners"), "That belongs to a file for `serve`"))
+    composer.top(
+        SECTIONS, dict.fromkeys(("broker", "listeners", "access"), "That belongs to a file for `serve`")
+    )
+    composer.policy()
     for name, place, table in composer.tables("connections"):
         composer.connections[name] = composer.connection(name, place, table)
     for name, place, table in composer.tables("sources"):
@@ -368,7 +439,23 @@ def load(
         connections=connections,
         pipelines=tuple(made),
         warnings=(*composer.warnings, *checks.find_warnings(doc, made)),
+        findings=tuple(composer.findings),
     )
+
+
+def bundle_connection(
+    folder: str | os.PathLike[str],
+    *,
+    overrides: Iterable[str] = (),
+    environ: Mapping[str, str] = os.environ,
+    catalog: Catalog | None = None,
+) -> MqttConnection:
+    """A connection as the bundle in a folder says; `overrides` are "key=value" texts for the keys of
+    its table, which count before the bundle's.
+
+    Raises ConfigError with every problem there is.
+    """
+    return _alone({}, FilePath(folder), overrides, environ, catalog)
 
 
 def connection(
@@ -382,12 +469,30 @@ def connection(
 
     Raises ConfigError.
     """
+    return _alone({"endpoints": [url]}, None, overrides, environ, catalog)
+
+
+def _alone(
+    table: dict[str, Any],
+    bundle: FilePath | None,
+    overrides: Iterable[str],
+    environ: Mapping[str, str],
+    catalog: Catalog | None,
+) -> MqttConnection:
+    """A connection whose table stands in no file."""
     doc = Document("command line", "", FilePath.cwd())
-    doc.data = {"endpoints": [url]}
+    doc.data = table
     doc.override(overrides)
     doc.expand(environ)
-    made = Composer(doc, catalog or load_catalog()).connection("cli", (), doc.data)
+    if bundle is not None:
+        text = os.fspath(bundle)
+        doc.data.setdefault("bundle", Text.make(text, written=text, folder=doc.folder))
+    composer = Composer(doc, catalog or load_catalog())
+    name = "cli" if bundle is None else bundle.resolve().name
+    made = composer.connection(name, (), doc.data)
     doc.check()
+    for warning in composer.warnings:
+        log.warning("%s", warning)
     assert made is not None
     return made
 

@@ -57,12 +57,15 @@ class Document:
         self.file = file
         self.folder = folder
         self.problems: list[Problem] = []
+        self.environ: Mapping[str, str] = {}
+        """The environment that variables were taken from."""
         try:
             self.data: dict[str, Any] = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise ConfigError([_syntax(file, text, error)]) from None
         self._lines = find_lines(text)
         self._overridden: set[Path] = set()
+        self._elsewhere: dict[Path, tuple[str, int, str]] = {}
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> Document:
@@ -86,13 +89,26 @@ class Document:
     def note(self, path: Path, message: str, fix: str = "") -> Problem:
         """As `problem`, but only made, not remembered: a warning."""
         path = self._existing(path)
+        if path not in self._lines and path not in self._elsewhere:  # a table that only others filled
+            inside = [one for one in self._elsewhere if one[: len(path)] == path]
+            path = inside[-1] if path and inside else path
         parts = [path[:end] for end in range(len(path), 0, -1)]
+        for part in parts:
+            if part in self._elsewhere:
+                file, line, key = self._elsewhere[part]
+                return Problem(file, line, key, message, fix)
+            if part in self._overridden or part in self._lines:
+                break
         line = next((self._lines[part] for part in parts if part in self._lines), 0)
         # a key of the command line, or a table that only such a key has made
         made = not line and any(one[: len(path)] == path for one in self._overridden if path)
         if made or any(part in self._overridden for part in parts):
             return Problem("--set", 0, dotted(path), message, fix)
         return Problem(self.file, line, dotted(path), message, fix)
+
+    def came_from(self, path: Path, file: str, line: int, key: str) -> None:
+        """A value that another file brought: what is wrong with it is said of that one."""
+        self._elsewhere[path] = (file, line, key)
 
     def _existing(self, path: Path) -> Path:
         at: Any = self.data
@@ -106,7 +122,9 @@ class Document:
     def check(self) -> None:
         """Raises ConfigError if there is any problem: all of them, in the order of the file."""
         if self.problems:
-            raise ConfigError(sorted(self.problems, key=lambda one: (one.file == "--set", one.line)))
+            others = {one.file for one in self.problems} - {self.file, "--set"}
+            files = [self.file, *sorted(others), "--set"]
+            raise ConfigError(sorted(self.problems, key=lambda one: (files.index(one.file), one.line)))
 
     def override(self, assignments: Iterable[str]) -> None:
         """Apply `a.b=value`s: a TOML value, or else the text itself as a string."""
@@ -165,6 +183,7 @@ class Document:
 
     def expand(self, environ: Mapping[str, str]) -> None:
         """Replace `${V}`, `${V:-default}`, `${V:?message}` and `$$` in all string values."""
+        self.environ = environ
         self.data = self._expand_value((), self.data, environ)
 
     def _expand_value(self, path: Path, value: Any, environ: Mapping[str, str]) -> Any:
@@ -246,6 +265,11 @@ def show(value: Any) -> str:
 
 def read_env_file(path: str | os.PathLike[str]) -> dict[str, str]:
     """The variables of a .env file, in python-dotenv's syntax. Raises ConfigError."""
+    return {name: value for name, (value, _line) in read_env_lines(path, fix="Check --env-file").items()}
+
+
+def read_env_lines(path: str | os.PathLike[str], *, fix: str) -> dict[str, tuple[str, int]]:
+    """The same, with the line of each. `fix` says what to do about a file that cannot be read."""
     from dotenv.parser import parse_stream
 
     file = os.fspath(path)
@@ -253,14 +277,16 @@ def read_env_file(path: str | os.PathLike[str]) -> dict[str, str]:
         text = FilePath(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError([Problem(file, 0, "", f"cannot be read: {reason}", "Check --env-file")]) from error
-    found: dict[str, str] = {}
+        raise ConfigError([Problem(file, 0, "", f"cannot be read: {reason}", fix)]) from error
+    found: dict[str, tuple[str, int]] = {}
     wrong: list[Problem] = []
     for binding in parse_stream(io.StringIO(text)):
         if binding.error or (binding.key is not None and binding.value is None):
             wrong.append(Problem(file, binding.original.line, "", "is not a NAME=value line"))
         elif binding.key is not None and binding.value is not None:
-            found[binding.key] = binding.value
+            text = binding.original.string
+            blank = text[: len(text) - len(text.lstrip())].count("\n")  # lines before it count as its own
+            found[binding.key] = (binding.value, binding.original.line + blank)
     if wrong:
         raise ConfigError(wrong)
     return found

@@ -22,7 +22,9 @@ import attrs
 from ..client import ClientOptions, MqttConnection
 from ..plugins import Catalog, Kind
 from ..protocols import Duration, Secret, Size, Url
+from ..secret import SecretFrom
 from .compose import ALIASES, PipelineTable
+from .security import SecurityOptions
 from .structure import LISTS, TABLES, UNIONS, base_of, key_of
 
 Schema = dict[str, Any]
@@ -59,7 +61,11 @@ def pipeline_schema(catalog: Catalog) -> Schema:
         "auth": _any_of(catalog, "auth", "How to log in."),
         "tls": _tls(catalog),
     }
-    connection["required"] = sorted([*connection.get("required", []), "endpoints"])
+    connection["properties"]["bundle"] = {
+        "type": "string",
+        "description": "Folder of a bundle that the platform gave out: what is not said here comes from it.",
+    }
+    connection["anyOf"] = [{"required": ["endpoints"]}, {"required": ["bundle"]}]
     connection["description"] = "A broker, and how to speak to it."
     serializer = {
         "description": "How payloads are written: a name, or a table with `type` and options.",
@@ -75,12 +81,13 @@ def pipeline_schema(catalog: Catalog) -> Schema:
             "sinks": _any_of(catalog, "sink", "Where messages go.", {"serializer": serializer}),
             "pipelines": table(PipelineTable),
         },
-        {},
+        {"security": table(SecurityOptions)},
     )
 
 
 def serve_schema(catalog: Catalog) -> Schema:
     """Of a file for `serve`."""
+    from ..access import Access
     from ..server import BrokerOptions
     from .serving import Address
 
@@ -90,12 +97,16 @@ def serve_schema(catalog: Catalog) -> Schema:
             listener = table(Address)
             own = table(one.recipe)["properties"]
             listener["properties"] |= {k: v for k, v in own.items() if k not in ("url", "tls")}
-            listener["properties"]["auth"] = _any_of(catalog, "authenticator", "Who may come in.")
+            who = _any_of(catalog, "authenticator", "Who may come in.")
+            for one in who.get("anyOf", ()):  # it may leave that to [access]
+                one["required"] = [key for key in one["required"] if key != "access"]
+            several = {"type": "array", "minItems": 1, "items": who}
+            listener["properties"]["auth"] = {"anyOf": [who, several]}
             listeners.append(listener)
     return _document(
         "A file for `tesaiot-connect serve`",
         {"listeners": {"anyOf": listeners}},
-        {"broker": table(BrokerOptions)},
+        {"broker": table(BrokerOptions), "access": table(Access), "security": table(SecurityOptions)},
     )
 
 
@@ -204,7 +215,10 @@ def value(kind: Any) -> Schema:
         return {"type": "object", "additionalProperties": value(inner[1]) if inner else {}}
     if isinstance(base, type) and issubclass(base, enum.Enum):
         return {"enum": [member.value for member in base]}
-    return table(base) if attrs.has(base) else {}
+    made = table(base) if attrs.has(base) else {}
+    if base is SecretFrom:
+        made["oneOf"] = [{"required": [key]} for key in ("file", "env", "command")]
+    return made
 
 
 def plain(default: Any, kind: Any) -> Any:

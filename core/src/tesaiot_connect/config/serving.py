@@ -1,7 +1,7 @@
 """A file for `serve` -> broker options and listeners.
 
-Owns: `[broker]` and `[listeners.<name>]`. Rule: as for pipelines: all problems at once, and
-nothing is opened while a file is read.
+Owns: `[broker]`, `[access]` and `[listeners.<name>]`. Rule: as for pipelines: all problems at once,
+and nothing is opened while a file is read, but the organisations file, to see that it is right.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ from typing import Any
 
 import attrs
 
+from ..access import Access, FirstOf
+from ..errors import ConnectorError, Problem
 from ..plugins import Catalog, load as load_catalog
 from ..protocols import Authenticator, Url
 from ..server import BrokerOptions, ListenerSpec
 from .compose import Composer, read
 from .document import Document
 from .lines import Path
+from .security import Finding, is_loopback
 
 PORT = attrs.validators.optional(attrs.validators.and_(attrs.validators.ge(0), attrs.validators.le(65535)))
-SERVER_SECTIONS = ("broker", "listeners")
+SERVER_SECTIONS = ("security", "broker", "access", "listeners")
 """The tables of a file for `serve`."""
 
 
@@ -31,6 +34,10 @@ class ServerConfig:
     file: str
     options: BrokerOptions
     listeners: tuple[ListenerSpec, ...]
+    warnings: tuple[Problem, ...] = ()
+    """What is not wrong, but should be known: shown by `lint`, logged by `serve`."""
+    findings: tuple[Finding, ...] = ()
+    """What keeps the listeners from security levels that no policy asks for: for `lint`."""
 
 
 @attrs.frozen(kw_only=True)
@@ -62,18 +69,67 @@ def load_server(
     composer = Composer(doc, catalog or load_catalog())
     pipelines = ("connections", "sources", "sinks", "pipelines")
     composer.top(SERVER_SECTIONS, dict.fromkeys(pipelines, "That belongs to a file for `run`"))
+    composer.policy()
     table = doc.data.get("broker", {})
     options: BrokerOptions | None = composer.structure(("broker",), table, BrokerOptions)
-    listeners = [_listener(composer, *found) for found in composer.tables("listeners")]
+    access = _access(composer)
+    listeners = [_listener(composer, access, *found) for found in composer.tables("listeners")]
     if not doc.data.get("listeners"):
         doc.problem((), "there is no listener", "Add [listeners.tcp] with port = 1883")
     doc.check()
     assert options is not None
     made = tuple(listener for listener in listeners if listener is not None)
-    return ServerConfig(file=doc.file, options=options, listeners=made)
+    return ServerConfig(
+        file=doc.file,
+        options=options,
+        listeners=made,
+        warnings=tuple(composer.warnings),
+        findings=tuple(composer.findings),
+    )
 
 
-def _listener(composer: Composer, name: str, path: Path, table: dict[str, Any]) -> ListenerSpec | None:
+def _access(composer: Composer) -> Access:
+    """`[access]`; one that allows nothing where there is none, or it is wrong."""
+    access: Access | None = composer.structure(("access",), composer.doc.data.get("access", {}), Access)
+    if access is not None:
+        _check(composer.doc, ("access",), access)
+    return access or Access()
+
+
+def _check(doc: Document, path: Path, access: Access) -> None:
+    try:
+        access.check()
+    except ConnectorError as error:
+        doc.problem((*path, "organisations_file"), error.what, error.fix)
+
+
+def _authenticator(composer: Composer, access: Access, path: Path, value: Any) -> Authenticator | None:
+    """Of a listener's `auth`: a table, or several in an array, the first of which that applies decides."""
+    doc = composer.doc
+    several = isinstance(value, list)
+    if several and not value:
+        doc.problem(path, "there is no authenticator in it", 'Write auth = [{ type = "..." }]')
+    places = [(*path, index) for index in range(len(value))] if several else [path]
+    made: list[Authenticator] = []
+    for place, table in zip(places, value if several else [value], strict=True):
+        one = composer.component("authenticator", place, table, shared={"access": access})
+        if one is None:
+            continue
+        made.append(one)
+        used = getattr(one, "access", None)
+        if isinstance(used, Access) and used is not access:
+            _check(doc, (*place, "access"), used)
+        if isinstance(used, Access) and not used.rules:
+            what = "nobody who comes in this way may publish or subscribe: there are no access rules"
+            composer.warnings.append(doc.note(place, what, "Add [[access.rules]] that say who may do what"))
+    if len(made) < max(1, len(places)):
+        return None
+    return FirstOf(tuple(made)) if several else made[0]
+
+
+def _listener(
+    composer: Composer, access: Access, name: str, path: Path, table: dict[str, Any]
+) -> ListenerSpec | None:
     doc = composer.doc
     fields = [field.name for field in attrs.fields(Address)]
     own = {key: value for key, value in table.items() if key in fields}
@@ -81,7 +137,10 @@ def _listener(composer: Composer, name: str, path: Path, table: dict[str, Any]) 
     address: Address | None = composer.structure(path, own, Address)
     authenticator: Authenticator | None = None
     if "auth" in table:
-        authenticator = composer.component("authenticator", (*path, "auth"), table["auth"])
+        authenticator = _authenticator(composer, access, (*path, "auth"), table["auth"])
+    elif access.rules:
+        what = "it has no `auth`: [access] does not hold for its clients, who may do everything"
+        composer.warnings.append(doc.note(path, what, 'Add auth = { type = "..." }'))
     if "tls" in table:
         fix = "Write server_tls = { certificate = ..., key = ... }"
         doc.problem((*path, "tls"), "is what a client trusts; a listener has a certificate", fix)
@@ -104,6 +163,13 @@ def _listener(composer: Composer, name: str, path: Path, table: dict[str, Any]) 
         fix = "Add server_tls = { certificate = ..., key = ... }"
         doc.problem(path, f"a listener on {url.scheme}:// needs a certificate", fix)
         return None
+    recipe = composer.secured(recipe, rest, lambda key: (*path, *key) if key else place, listener=True)
+    if recipe is None:
+        return None
+    hosts = (url.host, *getattr(recipe, "hosts", ()))
+    if authenticator is None and composer.security.policy and not all(map(is_loopback, hosts)):
+        fix = 'Add auth = { type = "password", file = "users" }, or listen on 127.0.0.1'
+        composer.warnings.append(doc.note(path, "lets everybody in who reaches it", fix))
     given = {} if authenticator is None else {"authenticator": authenticator}
     return ListenerSpec(name, recipe, **given)
 

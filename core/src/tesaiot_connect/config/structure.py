@@ -9,6 +9,7 @@ cattrs builds the classes and gathers their errors; every leaf and container has
 
 from __future__ import annotations
 
+import datetime as dt
 import enum
 import re
 import tomllib
@@ -26,6 +27,7 @@ from cattrs.gen import make_dict_structure_fn, override
 
 from ..errors import ConnectorError
 from ..protocols import Duration, Secret, Size, Url
+from ..secret import SecretFrom
 from .document import Document, Text, nearest, show
 from .lines import Path
 
@@ -35,6 +37,7 @@ _BYTES = {"B": 1}
 _BYTES |= {f"{u}B": 1000**n for n, u in enumerate("kMGT", 1)} | {"KB": 1000}
 _BYTES |= {f"{u}iB": 1024**n for n, u in enumerate("KMGT", 1)}
 _QUANTITY = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*\Z")
+SECRET = 'Write "...", { file = "..." }, { env = "NAME" } or { command = ["program", "argument"] }'  # noqa: S105
 LISTS = {list: list, abc.Sequence: tuple, abc.Iterable: tuple, abc.Collection: tuple,
           set: set, frozenset: frozenset, abc.Set: frozenset}  # fmt: skip
 UNIONS = (Union, types.UnionType)
@@ -197,7 +200,8 @@ def example(kind: Any) -> str:
 
 def _string(value: Any) -> str:
     if not isinstance(value, str):
-        quoted = f'Write it in quotes: "{value}"' if type(value) in (int, float) else 'Write "..."'
+        plain = type(value) in (int, float) or isinstance(value, dt.date | dt.time)
+        quoted = f'Write it in quotes: "{value}"' if plain else 'Write "..."'
         raise Wrong(f"expected a string, got {show(value)}", quoted)
     return str(value)
 
@@ -398,6 +402,8 @@ def _class(kind: Any, conv: cattrs.Converter) -> Callable[[Any, Any], Any]:
     )
 
     def structure_class(value: Any, _: Any) -> Any:
+        if isinstance(value, kind):  # made before, of another table
+            return value
         if not isinstance(value, dict):
             fix = f"Write {{ {' = ..., '.join(keys(kind))} = ... }}"
             raise Wrong(f"expected a table, got {show(value)}", fix)
@@ -410,7 +416,12 @@ def _field(field: attrs.Attribute[Any], conv: cattrs.Converter) -> Callable[[Any
     """Structures one field and asks its validator, so that what it says is said of the key."""
 
     def structure_field(value: Any, kind: Any) -> Any:
-        made = conv.structure(value, kind) if kind is not None else _plain(value)
+        try:
+            made = conv.structure(value, kind) if kind is not None else _plain(value)
+        except (Wrong, Several):
+            if (write := field.metadata.get("write")) is None:
+                raise
+            raise Wrong("is not of the right form", f"Write {write}") from None  # the value may be secret
         if field.metadata.get("exists") and isinstance(made, FilePath) and not made.exists():
             raise Wrong(f"the file {made} does not exist", "Relative paths start at the folder of this file")
         if field.validator is not None and field.converter is None:
@@ -449,6 +460,9 @@ def _union(kind: Any, conv: cattrs.Converter) -> Callable[[Any, Any], Any]:
         fitting = [error for fits, error in errors if fits]
         if len(fitting) == 1:
             raise fitting[0]
+        if SecretFrom in members:  # what stands there may be the secret
+            what = "an array" if isinstance(value, list) else "something else"
+            raise Wrong(f"expected a string or a table, got {what}", SECRET)
         raise Wrong(f"got {show(value)}", f"Write {' or '.join(dict.fromkeys(map(example, members)))}")
 
     return structure_union
