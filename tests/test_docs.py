@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from platform_thread import Platform
 from real_brokers import free_port, stop, until_listening
 
 from tesaiot_connect import load
@@ -166,8 +167,33 @@ def test_every_message_of_the_quic_page_is_one_that_is_said() -> None:
     assert not missing
 
 
+def readme_programs() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_device_and_the_application_in_the_readme(tmp_path: Path) -> None:
+    device, application, _ = readme_programs()
+    with (
+        Platform(tmp_path / "playground") as platform,
+        subprocess.Popen(
+            [sys.executable, "-u", "-c", application], cwd=tmp_path, stdout=subprocess.PIPE, text=True
+        ) as process,
+    ):
+        try:
+            deadline = time.monotonic() + 60
+            while not platform.ask(lambda sandbox: sandbox.broker.stats.subscriptions):
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.01)
+            subprocess.run([sys.executable, "-c", device], cwd=tmp_path, check=True, timeout=60)
+            assert process.stdout is not None
+            printed = {process.stdout.readline(), process.stdout.readline()}
+        finally:
+            process.kill()
+    assert printed == {"device-1 temperature 25.5 celsius\n", "device-1 humidity 55.3 percent\n"}
+
+
 def test_the_example_in_the_readme_is_the_one_that_runs() -> None:
-    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    *_, block = readme_programs()
     code = (EXAMPLES / "embedding" / "reader.py").read_text(encoding="utf-8")
     assert block.strip() in code
     body = [

@@ -21,16 +21,19 @@ import attrs
 import click
 
 from tesaiot_connect import hookspecs, plugins
+from tesaiot_connect.access import Access
 from tesaiot_connect.cli import VERBS, command
 from tesaiot_connect.client import ClientOptions, MqttConnection
 from tesaiot_connect.config.compose import PipelineTable
 from tesaiot_connect.config.schema import describe, pipeline_schema, plain, render, serve_schema
+from tesaiot_connect.config.security import SecurityOptions
 from tesaiot_connect.config.serving import Address
 from tesaiot_connect.config.structure import LISTS, TABLES, UNIONS, base_of, key_of
 from tesaiot_connect.plugins import Catalog, Kind
 from tesaiot_connect.protocols import Duration, Secret, Size, Url
 from tesaiot_connect.server import BrokerOptions
 
+WHO = "Who may come in: `type` and its keys; of several, the first that knows such credentials decides."
 ROOT = Path(__file__).resolve().parents[2]
 MARK = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 NAMES = {
@@ -88,6 +91,12 @@ def pipeline_keys(catalog: Catalog) -> str:
             nested,
             first=[
                 ("endpoints", "array of URLs or tables", "required", "Where the broker is, best first."),
+                (
+                    "bundle",
+                    "path",
+                    "",
+                    "Folder of the platform's bundle: gives what is not set here, `endpoints` included.",
+                ),
                 ("auth", "table", "", "How to log in: `type` and the keys of that auth."),
                 ("tls", "table", "", "Whom to trust; for every endpoint whose transport has a `tls` table."),
             ],
@@ -124,6 +133,8 @@ def pipeline_keys(catalog: Catalog) -> str:
         *implementations(catalog, "serializer", "Serializer", nested, []),
         "### `[pipelines.<name>]`\n",
         rows(PipelineTable, nested),
+        "### `[security]`\n",
+        rows(SecurityOptions, nested),
     ]
     return "\n".join([*parts, *tables(nested)])
 
@@ -134,8 +145,12 @@ def broker_keys(catalog: Catalog) -> str:
         "### `[broker]`\n",
         rows(BrokerOptions, nested),
         "### `[listeners.<name>]`\n",
-        rows(Address, nested, last=[("auth", "table", "everybody", "Who may come in: `type` and its keys.")]),
+        rows(Address, nested, last=[("auth", "table or array of tables", "everybody", WHO)]),
         *implementations(catalog, "authenticator", "Authenticator", nested, []),
+        "### `[access]`\n",
+        rows(Access, nested),
+        "### `[security]`\n",
+        rows(SecurityOptions, nested),
         "All other keys are those of the transport that the scheme chooses; see its endpoint above.\n",
     ]
     return "\n".join([*parts, *tables(nested)])
@@ -232,9 +247,21 @@ def commands() -> str:
         context = click.Context(command, info_name="tesaiot-connect", **command.context_settings)
         found = command.get_command(context, verb)
         assert found is not None
-        inner = click.Context(found, info_name=verb, parent=context, terminal_width=96)
-        parts += [f"### `{verb}`\n", f"```text\n{found.get_help(inner)}\n```\n"]
+        parts += _help(found, verb, context)
     return "\n".join(parts)
+
+
+def _help(found: click.Command, name: str, parent: click.Context) -> Iterator[str]:
+    """Of a verb, and of the verbs inside it."""
+    inner = click.Context(found, info_name=name, parent=parent, terminal_width=96)
+    title = inner.command_path.removeprefix("tesaiot-connect ")
+    yield f"### `{title}`\n"
+    yield f"```text\n{found.get_help(inner)}\n```\n"
+    if isinstance(found, click.Group):
+        for one in found.list_commands(inner):
+            under = found.get_command(inner, one)
+            assert under is not None
+            yield from _help(under, one, inner)
 
 
 def hooks() -> str:

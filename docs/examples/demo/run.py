@@ -1,9 +1,11 @@
 """The main job, end to end, on this machine alone: `make demo`.
 
-Starts a broker on loopback, with QUIC and TLS, and ten devices that publish at QoS 1, and runs
-`tesaiot-connect run pipeline.toml`, which stores what they say. The devices disconnect and come back all the
-time, as those do that sleep: over QUIC their first packet then holds CONNECT. After 15 seconds everything
-drains and is counted: exit 0 only if each message that was published is stored.
+Starts a sandbox of the platform, and ten devices that publish at QoS 1 over QUIC, each with its password
+(over TLS where QUIC is not installed), and runs `tesaiot-connect run pipeline.toml`, which reads over
+WebSocket with the organisation's token and stores what it gets. A device sends {"timestamp", "data":
+{sensor: value}}; the platform delivers each reading on a topic of its own. The devices disconnect and come
+back all the time, as those do that sleep: over QUIC their first packet then holds CONNECT. After 15 seconds
+everything drains and is counted: exit 0 only if each reading that was published is stored.
 """
 
 from __future__ import annotations
@@ -20,81 +22,58 @@ import signal
 import sqlite3
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from tesaiot_connect import (
-    Broker,
-    Client,
-    ClientOptions,
-    InOrder,
-    ListenerSpec,
-    ListenerStatus,
-    Message,
-    TlsOptions,
-    Transport,
-    Url,
-)
-from tesaiot_connect.testing import Certificates
-from tesaiot_connect_tcp_tls import TcpTls
-
-try:
-    from tesaiot_connect_quic_aioquic import QuicAioquic
-except ImportError as missing:
-    without_quic: str | None = str(missing)
-else:
-    without_quic = None
+from tesaiot_connect import Broker, Client, ListenerStatus, Message, MqttConnection
+from tesaiot_connect.config import bundle_connection
+from tesaiot_connect.sandbox import SandboxOptions, running
 
 HERE = Path(__file__).resolve().parent
 PIPELINE = HERE / "pipeline.toml"
+DEVICES = 10
 PERIOD = 0.1
 """Seconds between two batches of a device."""
-AWAKE = 5
+AWAKE = 10
 """Batches that a device publishes before it disconnects."""
 
 
 class Device:
-    """Publishes telemetry until it is told to stop; counts what the broker has acknowledged."""
+    """Publishes telemetry until it is told to stop; counts the readings that were acknowledged."""
 
-    def __init__(self, name: str, *, sensors: bool) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
         self.published = 0
         self.streams = 0
-        self._sensors = sensors
         self._value = random.Random(name)
         self._time = datetime.datetime.now(datetime.UTC)
 
-    async def run(self, endpoints: Sequence[Transport], stop: asyncio.Event) -> None:
-        options = ClientOptions(client_id=self.name, streams="per-topic")
+    async def run(self, platform: MqttConnection, stop: asyncio.Event) -> None:
         while not stop.is_set():
-            async with Client(InOrder(endpoints), options) as client:
+            async with Client(platform.dialer, platform.options, auth=platform.auth) as client:
                 for _ in range(AWAKE):
-                    batch = [self._message() for _ in range(5)]
+                    batch = [self._report() for _ in range(5)]
                     await client.publish(batch)
-                    self.published += len(batch)
+                    self.published += 2 * len(batch)
                     self.streams = max(self.streams, client.status.streams)
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(PERIOD):
                             await stop.wait()
                             break
 
-    def _message(self) -> Message:
-        # never the same time twice, so that a message can be told from its duplicate
+    def _report(self) -> Message:
+        # never the same time twice, so that a reading can be told from its duplicate
         tick = datetime.timedelta(microseconds=1)
         self._time = max(datetime.datetime.now(datetime.UTC), self._time + tick)
-        now = self._time.isoformat().replace("+00:00", "Z")
-        temperature = round(self._value.gauss(25, 2), 2)
-        if self._sensors:
-            topic = f"device/{self.name}/telemetry/temperature"
-            payload: object = {"value": temperature, "unit": "celsius", "timestamp": now}
-        else:
-            topic = f"devices/{self.name}/telemetry"
-            humidity = round(self._value.uniform(40, 70), 2)
-            payload = {"timestamp": now, "data": {"temperature": temperature, "humidity": humidity}}
-        return Message(topic, json.dumps(payload).encode(), qos=1)
+        data = {
+            "temperature": round(self._value.gauss(25, 2), 2),
+            "humidity": round(self._value.uniform(40, 70), 2),
+        }
+        report = {"timestamp": self._time.isoformat().replace("+00:00", "Z"), "data": data}
+        return Message(f"devices/{self.name}/telemetry", json.dumps(report).encode(), qos=1)
 
 
 class Stored:
@@ -106,7 +85,8 @@ class Stored:
         with contextlib.suppress(sqlite3.OperationalError):  # there is no table before the first row
             with contextlib.closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as connection:
                 found = connection.execute(
-                    "SELECT device_id, count(*), count(DISTINCT timestamp) FROM telemetry GROUP BY device_id"
+                    "SELECT device_id, count(*), count(DISTINCT sensor_type || timestamp) FROM telemetry "
+                    "GROUP BY device_id"
                 )
                 for device, rows, distinct in found:
                     self.rows[device], self.distinct[device] = rows, distinct
@@ -114,7 +94,7 @@ class Stored:
 
 async def until_subscribed(broker: Broker, pipeline: asyncio.subprocess.Process) -> None:
     async with asyncio.timeout(30):
-        while broker.stats.subscriptions < 2:
+        while not broker.stats.subscriptions:
             if pipeline.returncode is not None:
                 raise SystemExit(f"tesaiot-connect run ended with {pipeline.returncode}")
             await asyncio.sleep(0.05)
@@ -144,48 +124,33 @@ async def drain(pipeline: asyncio.subprocess.Process) -> int:
 
 
 async def demo(data: Path, seconds: float, console: Console) -> bool:
-    authority = Certificates(data)
-    certificate, trust = authority.server("localhost"), TlsOptions(ca_file=authority.ca_file)
-    listeners = [ListenerSpec("tls", TcpTls(url=Url.parse("mqtts://127.0.0.1:0"), server_tls=certificate))]
-    if not without_quic:
-        quic = QuicAioquic(url=Url.parse("quic://127.0.0.1:0"), server_tls=certificate)
-        listeners.insert(0, ListenerSpec("quic", quic))
-    devices = [Device(f"sensor-{number}", sensors=True) for number in range(1, 6)]
-    devices += [Device(f"device-{number}", sensors=False) for number in range(1, 6)]
-    broker = Broker()
-    async with broker.serving(listeners) as addresses:
-        ports = {url.scheme: url.port for url in map(Url.parse, addresses)}
-        urls = [f"{scheme}://localhost:{port}" for scheme, port in ports.items()]
-        console.print(f"broker      {', '.join(urls)}")
-        if without_quic:
-            console.print(f"            no QUIC, since its plugin is not installed: {without_quic}")
-        console.print(f"devices     {len(devices)}, publishing at QoS 1 for {seconds:g} s")
+    ports = {"quic": 0, "tls": 0, "wss": 0}
+    devices: list[Device] = []
+    asked = SandboxOptions(folder=data / "sandbox", devices=DEVICES, ports=ports)
+    async with running(asked) as sandbox:
+        estate, urls, broker = sandbox.estate, sandbox.urls, sandbox.broker
+        for number, url in enumerate(urls.values()):
+            console.print(f"{'' if number else 'sandbox':<12}{url}")
+        for why in estate.missing:
+            console.print(f"{'':<12}{why}")
+        way = "QUIC" if "quic" in urls else "TLS"
+        console.print(f"devices     {DEVICES}, publishing at QoS 1 over {way} for {seconds:g} s")
         console.print(f"pipeline    tesaiot-connect run {relative(PIPELINE)}\n")
         tool = Path(sys.executable).with_name("tesaiot-connect")
-        pipeline = await asyncio.create_subprocess_exec(
-            tool,
-            "run",
-            PIPELINE,
-            *(["--set", f"connections.platform.endpoints={json.dumps(urls)}"] if without_quic else []),
-            env={
-                **os.environ,
-                "DEMO_DATA": str(data),
-                "DEMO_PORT": str(ports["mqtts"]),
-                "DEMO_QUIC_PORT": str(ports.get("quic", "")),
-            },
-        )
+        environ = {**os.environ, "DEMO_DATA": str(data)}
+        pipeline = await asyncio.create_subprocess_exec(tool, "run", PIPELINE, env=environ)
         try:
             await until_subscribed(broker, pipeline)
-            tcp = TcpTls(url=Url.parse(f"mqtts://localhost:{ports['mqtts']}"), tls=trust)
             stop = asyncio.Event()
             async with asyncio.TaskGroup() as group:
-                for device in devices:
-                    endpoints: list[Transport] = [tcp]
-                    if not without_quic:
-                        url, tickets = Url.parse(f"quic://localhost:{ports['quic']}"), data / "tickets"
-                        quic = QuicAioquic(url=url, tls=trust, ticket_folder=tickets / device.name)
-                        endpoints.insert(0, quic)
-                    group.create_task(device.run(endpoints, stop))
+                for account in estate.devices:
+                    devices.append(Device(account.name))
+                    # the bundle says where and who; what is said here counts before it
+                    own = [
+                        f"endpoints={endpoints(urls, data / 'tickets' / account.name)}",
+                        'streams="per-topic"',
+                    ]
+                    group.create_task(devices[-1].run(bundle_connection(account.folder, overrides=own), stop))
                 await asyncio.sleep(seconds)
                 stop.set()
             await until_stored(data / "telemetry.db", sum(device.published for device in devices))
@@ -202,8 +167,15 @@ async def demo(data: Path, seconds: float, console: Console) -> bool:
     if code:
         console.print(f"tesaiot-connect run ended with {code}")
     if logged != published:
-        console.print(f"the log holds {logged} of {published} messages")
+        console.print(f"the log holds {logged} of {published} readings")
     return code == 0 and logged == published and all(stored.distinct[d.name] == d.published for d in devices)
+
+
+def endpoints(urls: Mapping[str, str], tickets: Path) -> str:
+    """QUIC, with a folder for the tickets that spare a round trip, and TLS where it does not get through."""
+    quic = {"url": urls.get("quic", ""), "ticket_folder": str(tickets)}
+    table = ", ".join(f"{key} = {json.dumps(value)}" for key, value in quic.items())
+    return "[" + (f"{{ {table} }}, " if "quic" in urls else "") + json.dumps(urls["tls"]) + "]"
 
 
 def by_quic(handshakes: ListenerStatus, devices: list[Device]) -> str:
@@ -217,7 +189,7 @@ def by_quic(handshakes: ListenerStatus, devices: list[Device]) -> str:
 
 def summary(devices: list[Device], stored: Stored) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("device")
+    table.add_column("readings of")
     for name in ("published", "stored", "duplicates"):
         table.add_column(name, justify="right")
     total = [0, 0, 0]
@@ -248,7 +220,8 @@ def main() -> int:
     tool = relative(Path(sys.executable).with_name("tesaiot-connect"))
     console.print(f"\nrows        {relative(data / 'telemetry.db')} (table telemetry)", highlight=False)
     console.print(f"lines       {relative(data / 'telemetry.jsonl')}", highlight=False)
-    console.print(f"next        {tool} serve {relative(HERE.parent / 'broker.toml')}", highlight=False)
+    again = f"{tool} sandbox {relative(data / 'sandbox')} --simulate"
+    console.print(f"next        {again}", highlight=False, soft_wrap=True)
     console.print("\nEverything that was published is stored." if complete else "\nSomething is missing.")
     return 0 if complete else 1
 
