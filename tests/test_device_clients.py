@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import shutil
 import signal
@@ -447,7 +446,7 @@ def test_what_is_published_during_an_outage_is_kept_and_bounded(mortal: Platform
     assert subscriber.rcs.count(0) >= 2
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["quic", "wss"])
 @posix
 def test_the_examples_lose_nothing_when_all_sides_restart(way: str, mortal: Platform, tmp_path: Path) -> None:
     bundles = {
@@ -548,71 +547,3 @@ def test_the_programs_of_the_guide(platform: Platform) -> None:
                 "acknowledged 1", "acknowledged 2", "acknowledged 3", "disconnected 0", "all published: True"
             ]  # fmt: skip
         assert application.end(signal.SIGTERM) == 0
-
-
-# --- the end of a program -----------------------------------------------------------------
-
-
-@posix
-def test_signals_end_run_forever_and_their_handlers_come_back(platform: Platform) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-
-    class Signalled(TESAIoTMQTTClient):
-        def _on_subscribe(self, *_: Any) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    class Impatient(TESAIoTMQTTClient):
-        def _on_subscribe(self, *_: Any) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
-
-    Signalled(platform.organisation).run_forever()
-    with pytest.raises(KeyboardInterrupt):
-        Impatient(platform.organisation).run_forever()
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-
-def test_a_program_that_forgets_to_disconnect_still_ends_and_takes_its_leave(
-    platform: Platform, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, "tesaiot_connect.server")
-    program = f"""
-from tesaiot_connect import MQTTQUICClient
-device = MQTTQUICClient({str(platform.device)!r}, url={platform.urls["tls"]!r}, client_id="forgetful")
-device.connect()
-device.publish_telemetry({{"forgotten": 1}}, wait=False)
-"""
-    with Collector(platform.organisation) as subscriber:
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", program],
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
-        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-        assert subscriber.got.get(timeout=30)[1] == "forgotten"
-    assert "client 'forgetful' disconnected: success (0x00)" in caplog.text
-
-
-@posix
-def test_a_forked_child_is_told_and_ends(platform: Platform) -> None:
-    program = f"""
-import os, sys
-from tesaiot_connect import Disconnected, MQTTQUICClient
-device = MQTTQUICClient({str(platform.device)!r}, url={platform.urls["tls"]!r}, client_id="parent")
-device.connect()
-if os.fork() == 0:
-    try:
-        device.publish_telemetry({{"forked": 1}})
-    except Disconnected as error:
-        sys.exit(7 if "another process" in str(error) else 1)
-else:
-    print(os.waitstatus_to_exitcode(os.wait()[1]))
-    device.publish_telemetry({{"parent": 1}}, timeout=30)
-    device.disconnect()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr

@@ -90,6 +90,30 @@ def test_closing_cancels_and_waits() -> None:
         portal.call(double, 1)
 
 
+@pytest.mark.parametrize("in_between", ["close", "start"])
+def test_a_signal_handler_may_come_in_the_middle_of_a_call(in_between: str) -> None:
+    """It closes, or starts something, while a coroutine closes too."""
+    portal = Portal()
+    go = threading.Event()
+
+    async def close() -> None:
+        await asyncio.to_thread(go.wait, 20)
+        portal.close()
+
+    portal.start(close())
+    thread = next(one for one in threading.enumerate() if one.name == "tesaiot-portal")
+    with portal._lock:
+        go.set()
+        if in_between == "close":
+            portal.close(20)
+            assert not thread.is_alive()
+        else:
+            assert portal.call(double, 2) == 4
+    thread.join(20)
+    assert not thread.is_alive()
+    assert portal.closed
+
+
 def test_closing_right_after_starting_leaves_no_coroutine_behind() -> None:
     """A coroutine that never ran would be warned about, and warnings are errors here."""
     for _ in range(50):

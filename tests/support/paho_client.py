@@ -15,12 +15,25 @@ class Paho:
     """A paho client whose messages come out of a queue."""
 
     def __init__(
-        self, port: int, version: int, client_id: str = "", *, keep: bool = False, ca: str = ""
+        self,
+        port: int,
+        version: int,
+        client_id: str = "",
+        *,
+        keep: bool = False,
+        ca: str = "",
+        path: str = "",
+        keepalive: int = 60,
     ) -> None:
-        options = {} if version == paho.MQTTv5 else {"clean_session": not keep}
+        """A `path` means over WebSocket."""
+        options: dict[str, Any] = {} if version == paho.MQTTv5 else {"clean_session": not keep}
+        if path:
+            options["transport"] = "websockets"
         self.client = paho.Client(
             paho.CallbackAPIVersion.VERSION2, client_id, protocol=paho.MQTTProtocolVersion(version), **options
         )
+        if path:
+            self.client.ws_set_options(path)
         self.messages: queue.Queue[paho.MQTTMessage] = queue.Queue()
         self.session_present = False
         self._connected = threading.Event()
@@ -30,11 +43,11 @@ class Paho:
         self.client.on_subscribe = lambda *_: self._subscribed.set()
         if ca:
             self.client.tls_set(ca)
-        connecting: dict[str, Any] = {}
+        connecting: dict[str, Any] = {"keepalive": keepalive}
         if version == paho.MQTTv5:
             properties = Properties(PacketTypes.CONNECT)
             properties.SessionExpiryInterval = 300 if keep else 0
-            connecting = {"clean_start": not keep, "properties": properties}
+            connecting |= {"clean_start": not keep, "properties": properties}
         self.client.connect("localhost" if ca else "127.0.0.1", port, **connecting)
         self.client.loop_start()
         assert self._connected.wait(20)

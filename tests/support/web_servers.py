@@ -66,10 +66,21 @@ def websocket_aedes(folder: Path, *, tls: ServerTls | None = None) -> Iterator[s
 
 
 @contextmanager
-def nginx(folder: Path, backend: int, tls: ServerTls, *, path: str = "/mqtt") -> Iterator[str]:
-    """nginx that ends TLS and hands `path` on to ws://127.0.0.1:`backend`, as its manual says to."""
+def nginx(
+    folder: Path,
+    backend: int,
+    tls: ServerTls,
+    *,
+    path: str = "/mqtt",
+    port: int | None = None,
+    read_timeout: str = "1h",
+) -> Iterator[str]:
+    """nginx that ends TLS and hands `path` on to ws://127.0.0.1:`backend`, as its manual says to.
+
+    It cuts a connection on which the backend says nothing for `read_timeout`.
+    """
     tool = program("nginx", "nginx")
-    port, log = free_port(), folder / "nginx.log"
+    port, log = port or free_port(), folder / "nginx.log"
     folder.mkdir(parents=True, exist_ok=True)
     config = folder / "nginx.conf"
     # as root its workers would not reach the test's folder otherwise
@@ -94,7 +105,8 @@ http {{
       proxy_set_header Upgrade $http_upgrade;
       proxy_set_header Connection $connection_upgrade;
       proxy_set_header Host $host;
-      proxy_read_timeout 1h;
+      proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+      proxy_read_timeout {read_timeout};
     }}
   }}
 }}

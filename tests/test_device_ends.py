@@ -1,0 +1,315 @@
+"""The device clients at their ends: programs that end in every way, calls that are interrupted by other
+threads, by signals and by callbacks."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from queue import Queue
+from typing import Any
+
+import pytest
+from platform_thread import Platform
+
+from tesaiot_connect import Disconnected, MQTTQUICClient, TESAIoTMQTTClient
+from tesaiot_connect.device import session as module
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals between processes")
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
+    with Platform(tmp_path_factory.mktemp("home") / "sandbox") as running:
+        yield running
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """The URL of a server that accepts and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"mqtt://127.0.0.1:{server.getsockname()[1]}"
+
+
+@pytest.fixture
+def readings(platform: Platform) -> Iterator[Queue[bytes]]:
+    """What the platform gets of the device."""
+    got: Queue[bytes] = Queue()
+    with MQTTQUICClient(platform.organisation) as watching:
+        watching.on_message = lambda _client, _userdata, message: got.put(message.payload)
+        watching.subscribe("devices/device-1/telemetry")
+        yield got
+
+
+class Task:
+    """A call in a thread of its own, and how it ended."""
+
+    def __init__(self, call: Any, *args: Any) -> None:
+        self.error: BaseException | None = None
+        self._call = call
+        self._args = args
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call(*self._args)
+        except BaseException as error:
+            self.error = error
+
+    def end(self, timeout: float = 30) -> BaseException | None:
+        self._thread.join(timeout)
+        assert not self._thread.is_alive(), "it hangs"
+        return self.error
+
+
+def program(text: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-c", text, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+# --- other threads, callbacks and signals in the middle of a call ---------------------------
+
+
+def test_disconnecting_ends_a_connect_of_another_thread(silent: str) -> None:
+    device = MQTTQUICClient(None, url=silent, device_id="d", password="x")
+    connecting = Task(device.connect)
+    while device.disconnect() and device._session is None:
+        pass  # not begun yet
+    device.disconnect()
+    error = connecting.end(5)
+    assert isinstance(error, Disconnected)
+    assert "was disconnected while it was connecting" in str(error)
+
+
+def test_threads_that_connect_at_once_share_one_connection(platform: Platform) -> None:
+    device = MQTTQUICClient(platform.device)
+    barrier = threading.Barrier(4)
+
+    def connect() -> None:
+        barrier.wait(20)
+        device.connect()
+        device.publish_telemetry({"temperature": 1})
+
+    assert [one.end() for one in [Task(connect) for _ in range(4)]] == [None] * 4
+    assert device.status is not None
+    assert (device.status.connects, device.status.published) == (1, 4)
+    assert [thread.name for thread in threading.enumerate()].count("tesaiot-device-1") == 1
+    device.disconnect()
+
+
+def test_disconnecting_ends_every_wait(platform: Platform, tmp_path: Path) -> None:
+    with Platform(tmp_path / "platform") as mortal:
+        device = MQTTQUICClient(mortal.device, url=mortal.urls["tls"], max_waiting=1)
+        lost = threading.Event()
+        device.on_disconnect = lambda client, userdata, rc: lost.set()
+        device.connect()
+    assert lost.wait(20)
+    kept = device.publish_telemetry({"kept": 1}, wait=False)
+    waits = [
+        Task(kept.wait_for_publish),
+        Task(device.publish_telemetry, {"no room": 1}),
+        Task(device.subscribe, "devices/device-1/commands/#", 1, None),
+        Task(device.connect),
+    ]
+    assert device.disconnect(timeout=0) is False
+    assert {type(one.end(5)) for one in waits} == {Disconnected}
+
+
+def test_a_callback_that_never_returns_does_not_keep_disconnect(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_LEAVE", 0.2)
+    entered, leave = threading.Event(), threading.Event()
+
+    def stuck(*_: Any) -> None:
+        entered.set()
+        leave.wait(60)
+
+    device = MQTTQUICClient(platform.device)
+    device.on_publish = stuck
+    device.connect()
+    device.publish_telemetry({"temperature": 1}, wait=False)
+    assert entered.wait(20)
+    left = device.publish_telemetry({"temperature": 2}, wait=False)
+    assert device.disconnect(timeout=0) is False
+    leave.set()
+    with pytest.raises(Disconnected):
+        left.wait_for_publish(20)
+
+
+@posix
+def test_a_signal_handler_may_disconnect_in_the_middle_of_publish(platform: Platform) -> None:
+    device = MQTTQUICClient(platform.device)
+    device.connect()
+    outgoing = device._session._outgoing  # type: ignore[union-attr]
+    before = signal.signal(signal.SIGUSR1, lambda *_: device.disconnect())
+    try:
+        with outgoing._changed:  # as `publish` does
+            signal.raise_signal(signal.SIGUSR1)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    with pytest.raises(Disconnected):
+        device.publish_telemetry({"temperature": 1})
+    device.connect()
+    assert device.publish_telemetry({"temperature": 1}).is_published()
+    device.disconnect()
+
+
+def test_disconnect_ends_run_forever_while_it_connects(silent: str, platform: Platform) -> None:
+    subscriber = TESAIoTMQTTClient(platform.organisation, url=silent)
+    running = Task(subscriber.run_forever)
+    while not subscriber._connecting:
+        pass
+    subscriber.disconnect()
+    assert running.end(5) is None
+
+
+def test_disconnect_ends_run_forever_however_early_it_comes(platform: Platform) -> None:
+    subscriber = TESAIoTMQTTClient(platform.organisation)
+    for _ in range(10):
+        running = Task(subscriber.run_forever)
+        while subscriber._runner is None:
+            pass
+        subscriber.disconnect()
+        assert running.end() is None
+    assert subscriber.connect()
+    subscriber.disconnect()
+
+
+# --- the end of a program ----------------------------------------------------------------------
+
+
+@posix
+def test_what_was_acknowledged_survives_a_kill(platform: Platform, readings: Queue[bytes]) -> None:
+    killed = """
+import os, sys
+from tesaiot_connect import MQTTQUICClient
+device = MQTTQUICClient(sys.argv[1])
+device.connect()
+device.publish_telemetry({"last": 1})
+os.kill(os.getpid(), 9)
+"""
+    assert program(killed, platform.device).returncode == -9
+    assert b'"last":1' in readings.get(timeout=30)
+
+
+def test_a_program_that_ends_right_after_a_callback_disconnected(
+    platform: Platform, readings: Queue[bytes]
+) -> None:
+    """What waits is still published."""
+    ending = """
+import sys, threading
+from tesaiot_connect import MQTTQUICClient
+left = threading.Event()
+def on_connect(client, userdata, flags, rc):
+    for number in range(1000):
+        client.publish_telemetry({"number": number, "filler": "x" * 300})
+    client.disconnect()
+    left.set()
+device = MQTTQUICClient(sys.argv[1])
+device.on_connect = on_connect
+device.connect()
+left.wait(30)
+"""
+    done = program(ending, platform.device)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [f'"number":{one},'.encode() in readings.get(timeout=30) for one in range(1000)] == [True] * 1000
+
+
+@posix
+def test_what_was_being_processed_when_it_was_killed_comes_again(platform: Platform) -> None:
+    processing = """
+import os, sys
+from tesaiot_connect import TESAIoTMQTTClient
+class Subscriber(TESAIoTMQTTClient):
+    def _on_subscribe(self, *_):
+        print("subscribed", flush=True)
+    def process_telemetry(self, device_id, sensor_type, data):
+        print(sensor_type, data["value"], flush=True)
+        if sys.argv[2] == "first":
+            os.kill(os.getpid(), 9)
+        self.disconnect()
+Subscriber(sys.argv[1], client_id="killed", clean_session=False).run_forever()
+"""
+    command = [sys.executable, "-c", processing, str(platform.organisation)]
+    with subprocess.Popen([*command, "first"], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "subscribed\n"
+        with MQTTQUICClient(platform.device) as device:
+            device.publish_telemetry({"temperature": 7})
+        assert first.stdout.read() == "temperature 7\n"
+    again = program(processing, platform.organisation, "again")
+    assert "temperature 7\n" in again.stdout
+
+
+
+@posix
+def test_signals_end_run_forever_and_their_handlers_come_back(platform: Platform) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+    class Signalled(TESAIoTMQTTClient):
+        def _on_subscribe(self, *_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    class Impatient(TESAIoTMQTTClient):
+        def _on_subscribe(self, *_: Any) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    Signalled(platform.organisation).run_forever()
+    with pytest.raises(KeyboardInterrupt):
+        Impatient(platform.organisation).run_forever()
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_program_that_forgets_to_disconnect_still_ends_and_takes_its_leave(
+    platform: Platform, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "tesaiot_connect.server")
+    program = f"""
+from tesaiot_connect import MQTTQUICClient
+device = MQTTQUICClient({str(platform.device)!r}, url={platform.urls["tls"]!r}, client_id="forgetful")
+device.connect()
+device.publish_telemetry({{"forgotten": 1}}, wait=False)
+"""
+    with Collector(platform.organisation) as subscriber:
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert subscriber.got.get(timeout=30)[1] == "forgotten"
+    assert "client 'forgetful' disconnected: success (0x00)" in caplog.text
+
+
+@posix
+def test_a_forked_child_is_told_and_ends(platform: Platform) -> None:
+    program = f"""
+import os, sys
+from tesaiot_connect import Disconnected, MQTTQUICClient
+device = MQTTQUICClient({str(platform.device)!r}, url={platform.urls["tls"]!r}, client_id="parent")
+device.connect()
+if os.fork() == 0:
+    try:
+        device.publish_telemetry({{"forked": 1}})
+    except Disconnected as error:
+        sys.exit(7 if "another process" in str(error) else 1)
+else:
+    print(os.waitstatus_to_exitcode(os.wait()[1]))
+    device.publish_telemetry({{"parent": 1}}, timeout=30)
+    device.disconnect()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "7\n"), done.stderr
