@@ -3,6 +3,7 @@ when something is wrong."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -14,7 +15,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from queue import Queue
+from queue import Empty, Queue
 from typing import Any
 
 import pytest
@@ -37,6 +38,9 @@ from tesaiot_connect.testing import Certificates
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 EXAMPLES = DOCS / "examples" / "devices"
 PAGE = (DOCS / "guide" / "devices.md").read_text(encoding="utf-8")
+DROP_IN = re.findall(r"```py\n(.*?)```", (DOCS / "guide" / "paho.md").read_text(encoding="utf-8"), re.DOTALL)[
+    0
+]
 DEVICE, CALLBACKS, APPLICATION = re.findall(r"(?<!-->\n)```python\n(.*?)```", PAGE, re.DOTALL)
 SENDER, SUBSCRIBER = EXAMPLES / "device.py", EXAMPLES / "subscriber.py"
 WAYS = ("quic", "tls", "wss")
@@ -147,6 +151,24 @@ def test_arguments_count_before_the_bundle(platform: Platform, tmp_path: Path) -
         assert device.status is not None
         assert device.status.client_id == "another"
         device.publish_telemetry({"temperature": 1}, qos=0)
+
+
+def test_of_two_logins_in_the_environment_each_client_takes_its_own(
+    platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    account = platform.estate.devices[0]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MQTT_API_TOKEN", UNKNOWN)
+    monkeypatch.setenv("TESAIOT_DEVICE_ID", account.name)
+    monkeypatch.setenv("TESAIOT_PASSWORD", account.password)
+    how: dict[str, Any] = {"url": platform.urls["tls"], "ca_file": platform.estate.ca_file}
+    with MQTTQUICClient(**how) as device:
+        assert device.publish_telemetry({"temperature": 1}).is_published()
+    with pytest.raises(Refused, match="MQTT Tokens"):
+        TESAIoTMQTTClient(**how).connect()
+    monkeypatch.delenv("TESAIOT_PASSWORD")
+    with pytest.raises(Refused, match="MQTT Tokens"):
+        MQTTQUICClient(**how).connect()
 
 
 def test_no_bundle_at_all_and_a_name_with_variables(platform: Platform) -> None:
@@ -500,6 +522,13 @@ class Example:
             assert line is not None, f"it ended without {words!r}:\n{self.text}"
             self.text += line
 
+    def more(self, seconds: float) -> None:
+        """A line, if one comes."""
+        with contextlib.suppress(Empty):
+            line = self._lines.get(timeout=seconds)
+            assert line is not None, f"it ended:\n{self.text}"
+            self.text += line
+
     def end(self, number: int | None = None) -> int:
         """The exit code, after this signal."""
         if number is not None:
@@ -547,3 +576,11 @@ def test_the_programs_of_the_guide(platform: Platform) -> None:
                 "acknowledged 1", "acknowledged 2", "acknowledged 3", "disconnected 0", "all published: True"
             ]  # fmt: skip
         assert application.end(signal.SIGTERM) == 0
+    drop_in = DROP_IN.replace("quic://localhost:14567", platform.urls["quic"])
+    with Example(drop_in, cwd=home) as application, MQTTQUICClient(platform.device) as device:
+        for _ in range(300):  # it does not say when it has subscribed
+            device.publish_telemetry({"temperature": 3})
+            application.more(0.1)
+            if application.text:
+                break
+        assert application.text.startswith("device/device-1/telemetry/temperature b'{")

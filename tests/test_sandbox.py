@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.metadata
 import json
 import re
 import shlex
 import shutil
+import signal
 import sqlite3
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,17 +22,31 @@ from pathlib import Path
 import pytest
 from sandbox_process import TOOL, SandboxProcess
 
-from tesaiot_connect import Client, Message, PartialDelivery, Reader, Refused
+from tesaiot_connect import (
+    Client,
+    Message,
+    PartialDelivery,
+    PluginError,
+    Reader,
+    Refused,
+    hookspecs,
+    plugins,
+    sandbox as sandbox_package,
+)
 from tesaiot_connect.cli import execute
 from tesaiot_connect.config import bundle_connection
+from tesaiot_connect.plugins import Catalog
+from tesaiot_connect.sandbox import SandboxOptions
 
 READINGS = ["device/+/telemetry/#"]
 
 
 @pytest.fixture(scope="module")
 def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SandboxProcess]:
-    """acme with device-1 and device-2, globex with device-3 and device-4."""
-    folder = tmp_path_factory.mktemp("sandbox") / "platform"
+    """acme with device-1 and device-2, globex with device-3 and device-4; in a folder that needs quotes."""
+    folder = tmp_path_factory.mktemp("sandbox") / (
+        "it's $HOME" if sys.platform == "win32" else 'a "$b"\'s 😀'
+    )
     options = ("--devices", "2", "--organisation", "acme", "--organisation", "globex")
     with SandboxProcess(folder, *options) as running:
         yield running
@@ -150,9 +167,10 @@ def test_what_an_organisation_s_quickstart_says_works_as_it_is(
     """A device speaks until everybody has heard it, and the row is in the database."""
     folder = sandbox.folder / "organisation"
     text = (folder / "QUICKSTART.md").read_text()
-    sub, pipeline, show = (
+    start, sub, pipeline, show = (
         [TOOL, *shlex.split(block)[1:]] for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     )
+    assert start == [TOOL, "sandbox", str(sandbox.folder)]
     (python,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
     async def speak(until: asyncio.Event) -> None:
@@ -390,6 +408,8 @@ def test_init_only_writes_and_ends(copy: Path, capsys: pytest.CaptureFixture[str
     said = capsys.readouterr().out
     assert "quic://localhost:14567" in said
     assert "wss://localhost:8085/mqtt" in said
+    assert f"start it:\n\n  tesaiot-connect sandbox {copy}\n" in said
+    assert "Ctrl-C" not in said
     assert f"tesaiot-connect run {copy / 'organisation' / 'pipeline.toml'}" in said
 
 
@@ -475,6 +495,86 @@ def test_a_wrong_option(
     assert not (tmp_path / "p").exists()
 
 
-def test_a_wrong_name_of_an_organisation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert initialise(tmp_path / "p", "--organisation", "Ac me") == 1
-    assert "cannot be the name of an organisation" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["--organisation", "Ac me"], "cannot be the name of an organisation"),
+        (["--expose", "--host", "a b"], "no address to listen on"),
+        (["--expose", "--host", "ünï"], "no address to listen on"),
+        (["--expose", "--host", ""], "no address to listen on"),
+    ],
+)
+def test_a_name_that_cannot_be_one(
+    options: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert initialise(tmp_path / "p", *options) == 1
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "p" / "ca").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_folder_whose_name_is_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert initialise(tmp_path / b"\xff".decode("utf-8", "surrogateescape")) == 1
+    assert "is not UTF-8" in capsys.readouterr().err
+
+
+def test_a_folder_of_somebody_else_stays_as_it_is(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "platform.toml").write_text("# mine\n")
+    (copy / "organisations.toml").unlink()
+    assert initialise(copy) == 1
+    assert "platform.toml is not the sandbox's" in capsys.readouterr().err
+    assert (copy / "platform.toml").read_text() == "# mine\n"
+    assert not (copy / "organisations.toml").exists()
+
+
+def test_two_on_one_folder(sandbox: SandboxProcess, capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither may the second one run, nor give the bundles other addresses."""
+    bundle = sandbox.folder / "organisation" / ".env"
+    before = bundle.read_text()
+    assert initialise(sandbox.folder) == 1
+    assert "another sandbox uses" in capsys.readouterr().err
+    assert execute(["sandbox", str(sandbox.folder), "--quic-port", "0"]) == 1
+    assert "another sandbox uses" in capsys.readouterr().err
+    assert bundle.read_text() == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for one process")
+def test_ctrl_c_ends_a_start_that_takes_long(tmp_path: Path) -> None:
+    """A thousand passwords take most of a minute."""
+    folder, words = tmp_path / "p", ["--devices", "1000", "--tls-port", "0"]
+    process = subprocess.Popen([TOOL, "sandbox", folder, *words], stderr=subprocess.PIPE, text=True)
+    while not (folder / "users").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told.strip()) == (130, "")
+    assert not (folder / "devices" / "device-1000").exists()
+
+
+def without(*packages: str) -> Catalog:
+    points = importlib.metadata.entry_points(group=hookspecs.GROUP)
+    return plugins.load(point for point in points if point.value.partition(":")[0] not in packages)
+
+
+def test_what_is_not_installed_is_left_out(tmp_path: Path) -> None:
+    catalog = without(*(f"tesaiot_connect_{name}" for name in ("quic_aioquic", "wss", "auth_mtls")))
+    estate, urls = sandbox_package.initialise(SandboxOptions(folder=tmp_path / "p", devices=1), catalog)
+    assert dict(urls) == {"tls": "mqtts://localhost:8883"}
+    assert [words.partition(":")[0] for words in estate.missing] == [
+        "no quic", "no wss", "no client certificates"
+    ]  # fmt: skip
+    assert all("pip install tesaiot-connect-" in words for words in estate.missing)
+    platform = (estate.folder / "platform.toml").read_text()
+    assert "mtls" not in platform and "client_certificate" not in platform
+    told = (estate.devices[0].folder / "QUICKSTART.md").read_text()
+    told += str(sandbox_package.next_steps(estate, urls))
+    assert "mtls" not in told and "quic://" not in told and "wss://" not in told
+
+
+@pytest.mark.parametrize("kind", ["password", "token"])
+def test_without_accounts_there_is_no_sandbox(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(PluginError, match=f"pip install tesaiot-connect-auth-{kind}"):
+        sandbox_package.initialise(
+            SandboxOptions(folder=tmp_path / "p"), without(f"tesaiot_connect_auth_{kind}")
+        )
+    assert not (tmp_path / "p" / "ca").exists()

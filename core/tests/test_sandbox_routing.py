@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from engine_peer import EnginePeer
 
-from tesaiot_connect.message import Message
+from tesaiot_connect.message import Message, Properties
 from tesaiot_connect.sandbox.routing import UNITS, Routing
 from tesaiot_connect.server import Broker, BrokerOptions, ListenerSpec
 from tesaiot_connect.testing import Network
@@ -74,6 +74,14 @@ def test_other_topics_are_left_alone(topic: str) -> None:
         b'{"data": {"#": 1}}',
         b'{"data": {"": 1}}',
         b'{"data": {"nul\\u0000": 1}}',
+        b'{"data": {"line\\n": 1}}',
+        b'{"data": {"half\\ud800": 1}}',
+        b'{"data": {"a": "\xff"}}',
+        b'{"data": {"a": NaN}}',
+        b'{"data": {"a": 1}, "timestamp": "' + 65 * b"9" + b'"}',
+        b'{"data": {"a": 1}, "timestamp": ' + 400 * b"9" + b"}",
+        b'{"data": {"a": 1}, "timestamp": true}',
+        json.dumps({"data": {str(n): 1 for n in range(1001)}}).encode(),
         b'{"data": {"a": ' + 100_000 * b"[" + 100_000 * b"]" + b"}}",
         b'{"data": {"' + 65_520 * b"a" + b'": 1}}',
     ],
@@ -86,6 +94,25 @@ def test_what_is_no_report_is_said_once(payload: bytes, caplog: pytest.LogCaptur
     (record,) = caplog.records
     assert "d: " in record.getMessage()
     assert len(routing([Message("devices/d/telemetry", REPORT)])) == 2, "the next one is routed"
+
+
+def test_readings_take_little_more_room_than_their_report() -> None:
+    """Neither its timestamp nor its properties may be multiplied by its sensors."""
+    properties = Properties(
+        message_expiry=60, user=(("key", "x" * 60_000),) * 10, correlation_data=b"y" * 60_000
+    )
+    report = json.dumps({"timestamp": "9" * 64, "data": {f"s{n}": "v" * 900 for n in range(1000)}}).encode()
+    found = Routing()([Message("devices/d/telemetry", report, 2, True, properties)])
+    assert len(found) == 1000 and found[0].qos == 2
+    assert sum(len(one.payload) + len(one.topic) for one in found) < len(report) + 1000 * 150
+    assert {one.properties for one in found} == {Properties(message_expiry=60)}
+
+
+def test_a_timestamp_goes_through_as_it_is() -> None:
+    for timestamp in (b"1733740245123456789", b"1733740245.25", b'"2025-12-09"'):
+        report = b'{"data": {"a": 1, "a": 2}, "timestamp": ' + timestamp + b"}"
+        (found,) = Routing()([Message("devices/d/telemetry", report)])
+        assert found.payload == b'{"value":2,"unit":"","timestamp":' + timestamp + b"}"
 
 
 def test_taking_back_a_retained_report_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:

@@ -80,7 +80,7 @@ class Portal:
         """
         if threading.current_thread() is self._thread:
             assert self._loop is not None
-            if not self._lock.acquire(blocking=False):  # whoever has it may be waiting for this thread
+            if not self._lock.acquire(timeout=0.1):  # a signal handler may have it, waiting for this thread
                 self._loop.call_soon(self.close)
                 return
             try:

@@ -373,20 +373,45 @@ def test_a_message_in_pieces_without_end(served: Served) -> None:
     among_neighbours(served, attack)
 
 
-@pytest.mark.parametrize(
-    "small",
-    [frame(CONT, b"", fin=False, mask=True), frame(CONT, b"x", fin=False, mask=True), frame(PING, mask=True)],
-    ids=["empty fragments", "fragments of a byte", "empty pings"],
-)
-def test_who_keeps_the_listener_busy(served: Served, small: bytes) -> None:
-    """No limit on sizes ends these; that others wait for them does."""
+def test_who_keeps_the_listener_busy(served: Served) -> None:
+    """No limit on sizes ends these; that others have to wait for them does."""
 
-    async def attack(_neighbour: Neighbour) -> None:
+    async def one(small: bytes) -> None:
         async with logged_in(served.port) as (reader, writer):
             writer.write(frame(BINARY, b"", fin=False, mask=True))
             ended = asyncio.create_task(rest_of(reader))
             await pour(writer, small * 10_000)
-            assert b"\x03\xf0" in (await ended)[-200:]
+            policy = (1008).to_bytes(2, "big")
+            assert policy in (await ended)[-200:]
+
+    async def attack(_neighbour: Neighbour) -> None:
+        await asyncio.gather(
+            one(frame(CONT, b"", fin=False, mask=True)),
+            one(frame(CONT, b"x", fin=False, mask=True)),
+            one(frame(PING, mask=True)),
+        )
+
+    among_neighbours(served, attack)
+
+
+def test_answers_without_a_mask(served: Served) -> None:
+    """What RFC 6455 section 5.1 forbids, and paho-mqtt does: its pongs and close frames are understood."""
+
+    async def attack(_neighbour: Neighbour) -> None:
+        async with logged_in(served.hasty) as (reader, writer):
+            for number in range(3):
+                opcode, payload = await read_frame(reader)
+                assert (opcode, number) == (PING, number)
+                pong = frame(PONG, payload)
+                writer.write(pong[: number + 1])
+                await asyncio.sleep(0)
+                writer.write(pong[number + 1 :])
+            writer.write(frame(BINARY, b"\xc0\x00", mask=True))
+            while (received := await read_frame(reader))[0] == PING:
+                pass
+            assert received == (BINARY, b"\xd0\x00")
+            writer.write(frame(CLOSE, (1000).to_bytes(2, "big")))
+            assert (await read_close(reader))[0] == 1000
 
     among_neighbours(served, attack)
 

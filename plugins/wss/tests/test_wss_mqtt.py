@@ -13,12 +13,23 @@ from typing import Any
 
 import pytest
 
-from tesaiot_connect import Broker, Client, InOrder, ListenerSpec, Message, TlsOptions, Url
+from tesaiot_connect import (
+    Broker,
+    BrokerOptions,
+    Client,
+    InOrder,
+    ListenerSpec,
+    Message,
+    Size,
+    TlsOptions,
+    Url,
+)
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_wss import Wss
 
 TOOL = Path(sys.executable).with_name("tesaiot-connect")
 COUNT = 3000
+MIB = 1024 * 1024
 LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
 try:
     import uvloop
@@ -57,6 +68,23 @@ def test_messages_of_every_size_at_qos_1(loop_factory: Any, certificates: Certif
 
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         runner.run(main())
+
+
+def test_a_client_takes_as_large_a_packet_as_over_tcp() -> None:
+    asyncio.run(take_a_large_packet())
+
+
+async def take_a_large_packet() -> None:
+    large = Message("t/large", bytes(15 * MIB), qos=1)
+    server = Wss(Url.parse("ws://127.0.0.1:0/mqtt"), max_message_size=Size(16 * MIB))
+    broker = Broker(BrokerOptions(max_packet_size=Size(16 * MIB), max_queue_bytes=Size(64 * MIB)))
+    async with asyncio.timeout(60), broker.serving([ListenerSpec("ws", server)]) as (url,):
+        async with Client(InOrder([Wss(Url.parse(url))])) as client, client.subscribe(["t/#"]) as reader:
+            await client.connected()
+            await client.publish([large])
+            delivery = await reader.read()
+            await delivery.ack()
+    assert delivery.batch.messages[0].payload == large.payload
 
 
 BROKER = """

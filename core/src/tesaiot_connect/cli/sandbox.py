@@ -88,6 +88,7 @@ def command(
     from ..protocols import Duration
     from ..sandbox import SandboxOptions, Simulation, initialise
 
+    host = host.removeprefix("[").removesuffix("]")
     if not expose and not _loopback(host):
         raise click.UsageError(f"--host {host} lets other machines in: give --expose too, if that is meant")
     try:
@@ -103,7 +104,7 @@ def command(
         ports={"quic": quic_port, "tls": tls_port, "wss": wss_port},
     )
     if init_only:
-        _say(*initialise(asked), as_json=as_json)
+        _say(*initialise(asked), as_json=as_json, runs=False)
         return
     simulation = None
     if simulate or simulate_over:
@@ -116,8 +117,8 @@ async def _run(asked: SandboxOptions, simulation: Simulation | None, as_json: bo
     from ..sandbox import running
 
     stop = asyncio.Event()
-    with stopping_on_signals(stop):
-        async with running(asked, simulation=simulation) as sandbox:
+    async with running(asked, simulation=simulation) as sandbox:
+        with stopping_on_signals(stop):  # a signal before that ends the start
             _say(sandbox.estate, sandbox.urls, as_json=as_json, simulated=simulation is not None)
             if figures and sys.stderr.isatty():
                 await _figures(sandbox, stop)
@@ -132,7 +133,9 @@ def _loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _say(estate: Estate, urls: Mapping[str, str], *, as_json: bool, simulated: bool = False) -> None:
+def _say(
+    estate: Estate, urls: Mapping[str, str], *, as_json: bool, simulated: bool = False, runs: bool = True
+) -> None:
     """On standard output: what there is, and what to do with it."""
     if as_json:
         said = {
@@ -147,11 +150,11 @@ def _say(estate: Estate, urls: Mapping[str, str], *, as_json: bool, simulated: b
         }
         click.echo(json.dumps(said))
         return
-    click.echo(_words(estate, urls, simulated))
+    click.echo(_words(estate, urls, simulated, runs))
 
 
-def _words(estate: Estate, urls: Mapping[str, str], simulated: bool) -> str:
-    from ..sandbox import next_steps
+def _words(estate: Estate, urls: Mapping[str, str], simulated: bool, runs: bool) -> str:
+    from ..sandbox import next_steps, start_command
 
     lines = [click.style(f"The platform's stand-in is in {_short(estate.folder)}", bold=True), ""]
     lines += [f"  {name:<6}{url}" for name, url in urls.items()]
@@ -163,10 +166,15 @@ def _words(estate: Estate, urls: Mapping[str, str], simulated: bool) -> str:
         lines += [f"  {one.name:<6}{len(one.devices)} devices ({shown}){talk}"]
         lines += [f"  {'':<6}its bundle: {_short(one.folder)}"]
     lines += [f"  {'':<6}theirs:     {_short(estate.folder / 'devices')}{os.sep}<name>", ""]
-    lines += [click.style("Next, in another terminal:", bold=True), ""]
+    if not runs:
+        lines += [click.style("Next, start it:", bold=True), "", f"  {start_command(estate.folder)}", ""]
+    lines += [click.style(f"{'Next' if runs else 'Then'}, in another terminal:", bold=True), ""]
     for what, line in next_steps(estate, urls):
         lines += [f"  # {what}", f"  {line}", ""]
-    lines += [f"In Python: {_short(estate.organisations[0].folder / 'QUICKSTART.md')}. Ctrl-C stops."]
+    lines += [
+        f"In Python: {_short(estate.organisations[0].folder / 'QUICKSTART.md')}."
+        + (" Ctrl-C stops." if runs else "")
+    ]
     return "\n".join(lines)
 
 

@@ -142,8 +142,9 @@ class MQTTQUICClient:
             if began := session is None or not session.alive:
                 if session is not None:
                     session.join()
-                self._session = session = self._new_session()
+                session = self._new_session()
                 session.begin()
+                self._session = session
         assert session is not None
         if began:
             session.connect(timeout)

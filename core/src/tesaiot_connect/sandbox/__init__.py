@@ -4,7 +4,7 @@ Owns: its folder, its accounts and certificates, its message routing, and the bu
 Rule: it is built of what everybody has: a file for `serve`, the broker, the plugins' own accounts.
 """
 
-from .bundles import next_steps
+from .bundles import next_steps, start_command
 from .folder import WAYS, Device, Estate, Organisation, SandboxOptions
 from .platform import Sandbox, Simulation, initialise, running
 
@@ -19,4 +19,5 @@ __all__ = [
     "initialise",
     "next_steps",
     "running",
+    "start_command",
 ]

@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import re
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +24,16 @@ _DAYS = 90
 """How long a token is good for: what the platform gives by default."""
 
 
-def passwords(catalog: Catalog, file: Path, devices: Mapping[str, tuple[str, str | None]]) -> dict[str, str]:
-    """The password of each device; `devices` is name to organisation and the password known of it.
+def names(file: Path) -> set[str]:
+    """Who has a password. Raises ConnectorError."""
+    return {line.partition(":")[0] for line in _lines(file)}
 
-    Devices without a known password, or without an account, get one. Raises ConnectorError.
-    """
-    there = {line.partition(":")[0] for line in _lines(file)}
-    found: dict[str, str] = {}
-    for name, (organisation, known) in devices.items():
-        found[name] = known or secrets.token_urlsafe(18)
-        if known is None or name not in there:
-            _writer(catalog, "password", "add_user")(file, name, found[name], organisation=organisation)
-    return found
+
+def add_password(catalog: Catalog, file: Path, device: str, organisation: str, known: str | None) -> str:
+    """Give the device an account, with the password known of it or a new one. Raises ConnectorError."""
+    password = known or secrets.token_urlsafe(18)
+    _writer(catalog, "password", "add_user")(file, device, password, organisation=organisation)
+    return password
 
 
 def token(catalog: Catalog, file: Path, organisation: str, known: str | None) -> str:

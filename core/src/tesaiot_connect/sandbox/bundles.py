@@ -84,7 +84,11 @@ def _device_quickstart(estate: Estate, device: Device, urls: Urls, url: str) -> 
     text = f"""\
 # {device.name}
 
-A device of {device.organisation}, on the sandbox. `tesaiot-connect sandbox` must be running.
+A device of {device.organisation}, on the sandbox, which must be running:
+
+```sh
+{start_command(estate.folder)}
+```
 
 ## Send telemetry, from the command line
 
@@ -97,7 +101,7 @@ A device of {device.organisation}, on the sandbox. `tesaiot-connect sandbox` mus
 ```python
 from tesaiot_connect import MQTTQUICClient
 
-with MQTTQUICClient({json.dumps(str(device.folder))}) as device:
+with MQTTQUICClient({_python(device.folder)}) as device:
     device.publish_telemetry({{"temperature": 25.5, "humidity": 55.3}})
 ```
 
@@ -110,7 +114,7 @@ delivers each reading on `device/{device.name}/telemetry/<sensor>` too.
 {subscribe_command(_organisation(estate, device), urls)}
 ```
 """
-    if "tls" in urls:
+    if estate.certificates and "tls" in urls:
         text += f"""
 ## With the client certificate instead of the password
 
@@ -174,8 +178,11 @@ def _organisation_quickstart(organisation: Organisation, urls: Urls) -> str:
     return f"""\
 # {organisation.name}
 
-An organisation on the sandbox, with {len(organisation.devices)} devices.
-`tesaiot-connect sandbox` must be running.
+An organisation on the sandbox, with {len(organisation.devices)} devices. The sandbox must be running:
+
+```sh
+{start_command(organisation.folder.parent)}
+```
 
 ## Watch what its devices send
 
@@ -206,7 +213,7 @@ class Dashboard(TESAIoTMQTTClient):
         print(device_id, sensor_type, data["value"], data["unit"])
 
 
-Dashboard({json.dumps(str(organisation.folder))}).run_forever()
+Dashboard({_python(organisation.folder)}).run_forever()
 ```
 """
 
@@ -216,6 +223,15 @@ Dashboard({json.dumps(str(organisation.folder))}).run_forever()
 
 def _command(*words: str | Path) -> str:
     return shlex.join(["tesaiot-connect", *map(str, words)])
+
+
+def _python(path: Path) -> str:
+    """As a string of a Python program, where a character outside the BMP is one."""
+    return json.dumps(str(path), ensure_ascii=False)
+
+
+def start_command(folder: Path) -> str:
+    return _command("sandbox", folder)
 
 
 def publish_command(device: Device, url: str) -> str:
@@ -248,7 +264,7 @@ def next_steps(estate: Estate, urls: Urls) -> list[tuple[str, str]]:
         (f"be {device.name}", publish_command(device, url)),
         ("store everything in telemetry.db, beside the file", run_command(organisation)),
     ]
-    if "tls" in urls:
+    if estate.certificates and "tls" in urls:
         words = f"be {device.name}, with its certificate"
         steps.insert(2, (words, certificate_command(device, urls["tls"])))
     return steps

@@ -3,6 +3,7 @@
 Owns: the layout of DIR and the order in which it comes to be. Rules: a second start changes
 nothing that a client holds; what is damaged is named; devices are added, never removed.
 
+    sandbox.lock             held while one runs
     platform.toml            a file for `serve`; written at each start
     broker.db                sessions and queues
     ca/ server.pem server.key
@@ -14,8 +15,10 @@ nothing that a client holds; what is damaged is named; devices are added, never 
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import re
+import threading
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,6 +34,7 @@ from .files import damaged, read, write
 _ORGANISATION = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 """It is a folder, a level of a topic, and a name in certificate and password file."""
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\Z")
 
 
 @attrs.frozen(kw_only=True)
@@ -98,50 +102,89 @@ class Estate:
     devices: tuple[Device, ...]
     ways: tuple[Way, ...]
     """Those whose plugin is installed, best first."""
+    certificates: bool
+    """Whether clients may come with a certificate."""
     missing: tuple[str, ...]
-    """Why there is no other."""
+    """Why there is no more: in words."""
 
 
-def prepare(options: SandboxOptions, catalog: Catalog) -> Estate:
-    """Make what is missing, and the file for `serve`. Raises ConnectorError, naming the file."""
+def prepare(options: SandboxOptions, catalog: Catalog, stop: threading.Event | None = None) -> Estate:
+    """Make what is missing, and the file for `serve`. The folder must be ours (`files.alone`).
+
+    Raises ConnectorError, naming the file; also when `stop` is set before everything is there.
+    """
     folder = options.folder.absolute()
-    ways, missing = _ways(catalog)
+    _check(options, folder)
+    platform = folder / "platform.toml"
+    if not (read(platform) or _TITLE).startswith(_TITLE):
+        raise ConnectorError(
+            f"{platform} is not the sandbox's, which would write its own there",
+            fix="give the sandbox a folder of its own",
+        )
+    ways, certificates, missing = _possible(catalog)
     authority = Authority(folder / "ca")
     names = ["localhost", "127.0.0.1", "::1"]
     names += [options.host] if options.host not in (*names, "0.0.0.0", "::") else []  # noqa: S104 - compared
     authority.server(folder / "server.pem", folder / "server.key", names)
     owned = _organisations(folder / "organisations.toml", options)
 
-    known = {
-        device: (organisation, _secret(folder / "devices" / device / ".env", "TESAIOT_PASSWORD"))
-        for organisation, devices in owned.items()
-        for device in devices
-    }
-    passwords = accounts.passwords(catalog, folder / "users", known)
+    users = folder / "users"
+    there = accounts.names(users)
     devices: list[Device] = []
-    for name, (organisation, _) in known.items():
+    for organisation, name in ((owner, name) for owner, members in owned.items() for name in members):
+        if stop is not None and stop.is_set():
+            raise ConnectorError(f"{folder} is not complete", fix="start the sandbox again: it goes on")
         place = folder / "devices" / name
+        password = _secret(place / ".env", "TESAIOT_PASSWORD")
+        if password is None or name not in there:
+            password = accounts.add_password(catalog, users, name, organisation, password)
         authority.client(place / "client.pem", place / "client.key", name, organisation)
         write(place / "ca-chain.pem", authority.ca_file.read_bytes())
-        devices.append(Device(name=name, organisation=organisation, folder=place, password=passwords[name]))
+        devices.append(Device(name=name, organisation=organisation, folder=place, password=password))
     organisations: list[Organisation] = []
     for name, members in owned.items():
         place = folder / ("organisation" if not organisations else f"organisation-{name}")
         token = accounts.token(catalog, folder / "tokens", name, _secret(place / ".env", "MQTT_API_TOKEN"))
         write(place / "ca-chain.pem", authority.ca_file.read_bytes())
         organisations.append(Organisation(name=name, devices=members, folder=place, token=token))
-    write(folder / "platform.toml", _platform(options, ways, catalog))
+    write(platform, _platform(options, ways, certificates=certificates))
     return Estate(
         folder=folder,
         ca_file=authority.ca_file,
         organisations=tuple(organisations),
         devices=tuple(devices),
         ways=ways,
+        certificates=certificates,
         missing=missing,
     )
 
 
-def _ways(catalog: Catalog) -> tuple[tuple[Way, ...], tuple[str, ...]]:
+def _check(options: SandboxOptions, folder: Path) -> None:
+    """Whether what is asked for can stand in certificates, topics and files."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        raise ConnectorError(
+            f"the name of the folder {str(folder)!a} is not UTF-8", fix="give it another name"
+        ) from error
+    try:
+        ipaddress.ip_address(options.host)
+    except ValueError as error:
+        if not _HOST.match(options.host):
+            raise ConnectorError(
+                f"{options.host!r} is no address to listen on", fix="use an IP address or a host name"
+            ) from error
+    for name in options.organisations:
+        if not _ORGANISATION.match(name):
+            raise ConnectorError(
+                f"{name!r} cannot be the name of an organisation",
+                fix="use lower case letters, digits, - and _, as in acme",
+            )
+
+
+def _possible(catalog: Catalog) -> tuple[tuple[Way, ...], bool, tuple[str, ...]]:
+    """The ways in, whether certificates are taken, and why there is no more. Raises PluginError
+    where nobody could come in."""
     ways: list[Way] = []
     missing: list[str] = []
     for way in WAYS:
@@ -153,7 +196,14 @@ def _ways(catalog: Catalog) -> tuple[tuple[Way, ...], tuple[str, ...]]:
             ways.append(way)
     if not ways:
         raise PluginError("; ".join(missing))
-    return tuple(ways), tuple(missing)
+    for kind in ("password", "token"):
+        catalog.get("authenticator", kind)
+    try:
+        catalog.get("authenticator", "mtls")
+    except PluginError as error:
+        missing.append(f"no client certificates: {error}")
+        return tuple(ways), False, tuple(missing)
+    return tuple(ways), True, tuple(missing)
 
 
 def _organisations(file: Path, options: SandboxOptions) -> dict[str, tuple[str, ...]]:
@@ -177,11 +227,6 @@ def _organisations(file: Path, options: SandboxOptions) -> dict[str, tuple[str, 
         raise damaged(file, f"{twice} stands there twice")
     number = 0
     for name in options.organisations:
-        if not _ORGANISATION.match(name):
-            raise ConnectorError(
-                f"{name!r} cannot be the name of an organisation",
-                fix="use lower case letters, digits, - and _, as in acme",
-            )
         mine = owned.setdefault(name, [])
         while len(mine) < options.devices:
             number += 1
@@ -205,8 +250,9 @@ def _secret(file: Path, name: str) -> str | None:
         raise damaged(file, error.problems[0].message) from error
 
 
-_PLATFORM = """\
-# The sandbox's broker, as a file for `tesaiot-connect serve`. `tesaiot-connect sandbox` writes it anew
+_TITLE = "# The sandbox's broker, as a file for `tesaiot-connect serve`."
+_PLATFORM = f"""\
+{_TITLE} `tesaiot-connect sandbox` writes it anew
 # at each start: change a copy. `serve` brings neither the routing of readings nor simulated devices.
 
 [broker]
@@ -218,28 +264,27 @@ organisations_file = "organisations.toml"
 
 # A device: its own telemetry and its own commands.
 [[access.rules]]
-publish = ["devices/{username}/#"]
-subscribe = ["devices/{username}/commands/#"]
+publish = ["devices/{{username}}/#"]
+subscribe = ["devices/{{username}}/commands/#"]
 
 # An organisation's token: what its devices send, and commands to them.
 [[access.rules]]
 principals = ["token:*"]
-publish = ["devices/{device}/commands/#"]
-subscribe = ["device/{device}/telemetry/#", "devices/{device}/telemetry"]
+publish = ["devices/{{device}}/commands/#"]
+subscribe = ["device/{{device}}/telemetry/#", "devices/{{device}}/telemetry"]
 """
 
 _ACCOUNTS = {"mtls": "", "token": ', file = "tokens"', "password": ', file = "users"'}
-"""In the order in which they are asked."""
+"""Authenticators and their settings, in the order in which they are asked."""
 
 
-def _platform(options: SandboxOptions, ways: Sequence[Way], catalog: Catalog) -> str:
-    known = catalog.names("authenticator")
+def _platform(options: SandboxOptions, ways: Sequence[Way], *, certificates: bool) -> str:
     text = _PLATFORM
     for way in ways:
-        # QUIC knows no client certificates
-        kinds = [kind for kind in _ACCOUNTS if kind in known and (kind != "mtls" or way.name != "quic")]
+        shown = certificates and way.name != "quic"  # QUIC knows no client certificates
+        kinds = [kind for kind in _ACCOUNTS if kind != "mtls" or shown]
         auth = "\n".join(f'  {{ type = "{kind}"{_ACCOUNTS[kind]} }},' for kind in kinds)
-        clients = "" if way.name == "quic" else ', ca_file = "ca/ca.pem", client_certificate = "optional"'
+        clients = ', ca_file = "ca/ca.pem", client_certificate = "optional"' if shown else ""
         text += (
             f'\n[listeners.{way.name}]\nscheme = "{way.scheme}"\nhost = {json.dumps(options.host)}\n'
             f"port = {options.port(way)}\n"

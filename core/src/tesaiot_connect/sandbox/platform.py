@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import errno
 import ipaddress
+import threading
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 
@@ -21,6 +22,7 @@ from ..plugins import Catalog, load as load_catalog
 from ..protocols import Url
 from ..server import Broker
 from .bundles import write_bundles
+from .files import alone
 from .folder import Estate, SandboxOptions, prepare
 from .routing import Routing
 from .simulated import simulate
@@ -50,11 +52,13 @@ class Sandbox:
 def initialise(options: SandboxOptions, catalog: Catalog | None = None) -> tuple[Estate, Mapping[str, str]]:
     """Write everything, start nothing. The bundles name the ports of the options, the platform's
     own instead of 0. Raises ConnectorError."""
-    estate = prepare(options, catalog or load_catalog())
-    urls = {
-        way.name: _url(options, way.scheme, options.port(way) or way.port, way.path) for way in estate.ways
-    }
-    write_bundles(estate, urls)
+    with alone(options.folder.absolute()):
+        estate = prepare(options, catalog or load_catalog())
+        urls = {
+            way.name: _url(options, way.scheme, options.port(way) or way.port, way.path)
+            for way in estate.ways
+        }
+        write_bundles(estate, urls)
     return estate, urls
 
 
@@ -64,11 +68,12 @@ async def running(
 ) -> AsyncIterator[Sandbox]:
     """While open, the platform's stand-in runs. Raises ConnectorError."""
     catalog = catalog or load_catalog()
-    estate = await asyncio.to_thread(prepare, options, catalog)
-    config = load_server(estate.folder / "platform.toml", environ={}, catalog=catalog)
-    routing = Routing()
-    broker = Broker(config.options, derive=routing)
     async with AsyncExitStack() as stack:
+        stack.enter_context(alone(options.folder.absolute()))
+        estate = await _prepared(options, catalog)
+        config = load_server(estate.folder / "platform.toml", environ={}, catalog=catalog)
+        routing = Routing()
+        broker = Broker(config.options, derive=routing)
         try:
             addresses = await stack.enter_async_context(broker.serving(config.listeners))
         except ConnectorError as error:
@@ -87,6 +92,19 @@ async def running(
             )
             stack.push_async_callback(_cancelled, task)
         yield Sandbox(estate=estate, urls=urls, broker=broker, routing=routing)
+
+
+async def _prepared(options: SandboxOptions, catalog: Catalog) -> Estate:
+    """Passwords take a while for many devices; who does not want to wait that long stops it between two."""
+    stop = threading.Event()
+    made = asyncio.create_task(asyncio.to_thread(prepare, options, catalog, stop))
+    try:
+        return await asyncio.shield(made)
+    except asyncio.CancelledError:
+        stop.set()
+        with contextlib.suppress(ConnectorError):
+            await made
+        raise
 
 
 def _url(options: SandboxOptions, scheme: str, port: int, path: str) -> str:

@@ -99,11 +99,14 @@ class Wss:
             "Default: HTTPS_PROXY, ALL_PROXY and NO_PROXY of the environment."
         },
     )
-    max_message_size: Size = attrs.field(
-        default=Size(2 * 1024 * 1024),
-        validator=attrs.validators.ge(Size(128)),
+    max_message_size: Size | None = attrs.field(
+        default=None,
+        validator=attrs.validators.optional(attrs.validators.ge(Size(128))),
         kw_only=True,
-        metadata={"help": "Largest WebSocket message to accept, all its fragments together."},
+        metadata={
+            "help": "Largest WebSocket message to accept, all its fragments together. Default: 17MiB from a "
+            "server, 2MiB from a client; a message commonly holds one MQTT packet."
+        },
     )
     ping_interval: Duration = attrs.field(
         default=Duration(30.0),
@@ -223,8 +226,9 @@ class Wss:
         url = attrs.evolve(self.url, port=self.port, path=self.path)
 
         def websocket() -> WebSocket:
-            opening = ClientOpening(place, url, headers, self.max_message_size)
-            return self._websocket(opening, tcp.silent(self) if self.secure else None)
+            opening = ClientOpening(place, url, headers, self._most(accepted=False))
+            silent = tcp.silent(self) if self.secure else None
+            return self._websocket(opening, self._most(accepted=False), silent)
 
         return await tcp.connect(
             self,
@@ -242,12 +246,16 @@ class Wss:
 
         return await tunnel(self, progress, through)
 
-    def _websocket(self, opening: Opening, silent: Disconnected | None = None) -> WebSocket:
+    def _most(self, *, accepted: bool) -> int:
+        """Bytes of the largest message. Servers are chosen, and may send a client's largest packet."""
+        return self.max_message_size or (2 if accepted else 17) * 1024 * 1024
+
+    def _websocket(self, opening: Opening, limit: int, silent: Disconnected | None = None) -> WebSocket:
         from .layer import WebSocket
 
         return WebSocket(
             opening,
-            limit=self.max_message_size,
+            limit=limit,
             interval=self.ping_interval,
             timeout=self.ping_timeout,
             silent=silent,
@@ -282,7 +290,7 @@ class Wss:
         if context is not None:
             context.set_alpn_protocols(["http/1.1"])
         path = self.path.partition("?")[0]
-        rules = Rules(path, self.origins, self.max_message_size)
+        rules = Rules(path, self.origins, self._most(accepted=True))
         sockets = await tcp.bind(self)
         port = sockets[0].getsockname()[1]
         farewell = [(1000, "")]
@@ -300,7 +308,7 @@ class Wss:
         from .upgrade import ServerOpening
 
         opening = ServerOpening(rules)
-        made = self._websocket(opening)
+        made = self._websocket(opening, self._most(accepted=True))
         made.farewell = lambda: farewell[0]
         where = tcp.remote_address(sock)
         try:

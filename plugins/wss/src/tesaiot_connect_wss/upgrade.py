@@ -100,6 +100,8 @@ class ClientOpening:
                 raise ConnectFailed(f"{self._place}: the answer's HTTP head is too large", fix=_NOT_WEBSOCKET)
             return None
         self._head = None
+        if head.startswith(b"HTTP/1.0 ") and not head.startswith(b"HTTP/1.0 101"):
+            head = b"HTTP/1.1" + head[8:]  # a refusal is worth reading in an old version too
         self.library.receive_data(head + end)
         if self.library.state is OPEN:
             self._judge()
