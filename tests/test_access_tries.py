@@ -17,7 +17,17 @@ import attrs
 import pytest
 from engine_peer import EnginePeer
 
-from tesaiot_connect import ByteStream, Challenge, Connection, Credentials, Message, Peer, Principal, Url
+from tesaiot_connect import (
+    ByteStream,
+    Challenge,
+    Connection,
+    Credentials,
+    Message,
+    Peer,
+    Principal,
+    Url,
+    access as access_module,
+)
 from tesaiot_connect.access import Access, AccessRule
 from tesaiot_connect.errors import Disconnected, Refused
 from tesaiot_connect.mqtt import codec
@@ -97,10 +107,11 @@ class Intruder:
         await self.send(b"\xc0\x00")
         await self.hear(rb"\xd0\x00")
 
-    async def subscribe(self, *filters: str, qos: int = 2) -> None:
+    async def subscribe(self, *filters: str, qos: int = 2, options: int = 0) -> None:
+        """`options` are the bits beside the QoS (MQTT 5 section 3.8.3.1)."""
         names = [one.encode() for one in filters]  # as they are: our own encoder checks them
         body = b"\0\7" + (b"\0" if self.version == 5 else b"")
-        body += b"".join(len(name).to_bytes(2) + name + bytes([qos]) for name in names)
+        body += b"".join(len(name).to_bytes(2) + name + bytes([qos | options]) for name in names)
         await self.send(codec.packet(0x82, body))
         await self.hear(rb"\x90")
         await self.fence()
@@ -297,6 +308,48 @@ async def many_filters_in_one_packet(world: World) -> None:
 
 
 @a_try("read")
+async def every_way_to_ask_for_what_is_kept(world: World) -> None:
+    """Retain handling 0, 1 and 2, as published or not, no local; with MQTT 3.1.1 these bits mean nothing."""
+    for options in (0x00, 0x08, 0x10, 0x18, 0x20, 0x28, 0x04):
+        intruder = await world.intrude("token:other:1@other", f"options-{options}")
+        await intruder.subscribe(TELEMETRY, KEPT, options=options if world.version == 5 else 0)
+        await intruder.subscribe(TELEMETRY, KEPT, options=options if world.version == 5 else 0)
+
+
+@a_try("read")
+async def the_fields_of_a_session_of_its_own(world: World) -> None:
+    """A client identifier gives no rights: not by what it is called, nor by what it looks like."""
+    for client_id in (
+        "#",
+        "+",
+        "$SYS",
+        "$share/acme/x",
+        "device/d1",
+        "d1 ",
+        "D1",
+        "d1\u200b",
+        "acme-reader/",
+    ):
+        intruder = await world.intrude("token:other:1@other", client_id)
+        await intruder.subscribe(TELEMETRY, "acme/events/#", "devices/d1/commands/#")
+
+
+@a_try()
+async def names_that_end_early(world: World) -> None:
+    """NUL is how the broker tells a name from its organisation, and no text of MQTT may hold it."""
+    for user, client_id in (
+        ("token:acme:1!acme@other", "acme-reader"), ("d1!acme@", "d1"), ("e1@other", "d1!"), ("e1@other", "!")
+    ):  # fmt: skip
+        intruder = await world.approach()
+        connect = Connect(
+            client_id=client_id, version=world.version, clean_start=False, username=user, password=PASSWORD
+        )
+        await intruder.send(codec.encode_connect(connect).replace(b"!", b"\0"))
+        assert not await intruder.hear(rb"\x20..")
+        await intruder.subscribe(TELEMETRY)
+
+
+@a_try("read")
 async def a_name_that_is_a_wildcard(world: World) -> None:
     for name in ("+", "#", "", "d1/commands/#", "e1/../d1", "{device}", "*"):
         intruder = await world.intrude(f"{name}@other", f"name-{name!r}")
@@ -371,6 +424,31 @@ async def a_will(world: World) -> None:
         await intruder.leave()
     while world.live.stats.clients > 3:
         await asyncio.sleep(0.001)
+
+
+@a_try("written")
+async def a_will_that_waits(world: World) -> None:
+    """Until the session ends: by a new one of the same client."""
+    for number, topic in enumerate(PLACES):
+        will = Will(Message(topic, b"FORGED by a late will", 1), 500)
+        intruder = await world.intrude("e1@other", f"late-{number}", clean=False, will=will)
+        await intruder.leave()
+    while world.live.stats.clients > 3:
+        await asyncio.sleep(0.001)
+    for number in range(len(PLACES)):
+        await world.intrude("e1@other", f"late-{number}")
+
+
+@a_try()
+async def an_answer_that_another_is_asked_for(world: World) -> None:
+    """The broker itself answers nobody; a response topic is for those who may publish there."""
+    intruder = await world.intrude()
+    topic, to = b"device/e1/telemetry/own", b"devices/d1/commands/now"
+    asked = b"\x08" + len(to).to_bytes(2) + to + b"\x09\x00\x06FORGED"
+    properties = bytes([len(asked)]) + asked if world.version == 5 else b""
+    body = len(topic).to_bytes(2) + topic + b"\x00\x09" + properties + b"FORGED"
+    await intruder.send(codec.packet(0x32, body))
+    await intruder.fence()
 
 
 @a_try("lost")
@@ -476,6 +554,57 @@ def test_another_organisation_gets_nowhere(tmp_path: Path, name: str, version: i
 def test_the_try_finds_a_hole_where_there_is_one(tmp_path: Path, name: str) -> None:
     attempt, breach = TRIES[name]
     assert breach in asyncio.run(outcome(OPEN, tmp_path, 5, attempt))
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_a_device_that_went_to_another_organisation_is_not_its_old_one_s_any_more(
+    tmp_path: Path, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was granted before the change: subscriptions, a place in a group, a queue, a will, a session."""
+    monkeypatch.setattr(access_module, "_LOOK", -1.0)
+    file = tmp_path / "organisations.toml"
+    file.write_text('acme = ["d1"]\nother = ["e1", "m1"]\n')
+    access = attrs.evolve(PLATFORM, organisations={}, organisations_file=file)
+
+    async def main() -> None:
+        async with world_of(access, tmp_path, version) as world:
+            moves = await world.rightful("m1@other", "m1")
+            watcher = await world.intrude("token:other:1@other", "watcher")
+            await watcher.subscribe(TELEMETRY, "device/m1/telemetry/#")
+            sharer = await world.intrude("token:other:2@other", "sharer")
+            await sharer.subscribe(f"$share/acme/{TELEMETRY}")
+            away = await world.intrude("token:other:3@other", "away", clean=False)
+            await away.subscribe(TELEMETRY)
+            will = Will(Message("devices/m1/commands/x", b"FORGED by a will", 1), 500)
+            late = await world.intrude("token:other:4@other", "willing", clean=False, will=will)
+            await moves.publish(Message("device/m1/telemetry/before", b"before", 1))
+            for control in (watcher, away):
+                if b"before" not in control.heard:
+                    await control.hear(b"before")
+            await away.leave()
+            if version == 5:  # without it a will does not wait
+                await late.leave()
+            while world.live.stats.clients > (7 if version == 5 else 8) - 1:
+                await asyncio.sleep(0.001)
+
+            file.write_text('acme = ["d1", "m1"]\nother = ["e1"]\n')
+            refused = await world.intrude("m1@acme", "m1")  # the session is of another organisation's m1
+            assert refused.heard[0] == 0x20 and refused.heard[3] != 0
+            await late.leave()
+            moved = await world.rightful("m1@acme", "m1-acme", clean=True)
+            assert await moved.subscribe("devices/m1/commands/#") == (2,)
+            await moved.publish(Message("device/m1/telemetry/after", b"SECRET after", 1, True))
+            await world.intrude("token:other:4@other", "willing")  # ends the session, and so the will is due
+            await world.intrude("token:other:3@other", "away", clean=False)
+            fresh = await world.intrude("token:other:5@other", "fresh")
+            await fresh.subscribe(TELEMETRY, "device/m1/telemetry/after")
+            await world.reader.publish(Message("devices/m1/commands/now", b"SECRET command", 1))
+            await moved.until(lambda: bool(moved.messages))
+            assert [one.payload for one in moved.messages] == [b"SECRET command"]
+            assert await world.breaches() == set()
+            assert b"SECRET after" in {one.payload for one in world.reader.messages}
+
+    asyncio.run(main())
 
 
 def test_another_stream_of_a_quic_connection_has_the_same_rights(

@@ -22,6 +22,7 @@ import pytest
 from platform_thread import Platform
 
 from tesaiot_connect import (
+    Client,
     ConfigError,
     ConnectFailed,
     ConnectorError,
@@ -192,11 +193,14 @@ def test_callbacks_run_in_one_thread_and_may_do_everything(
     def tell(*what: Any) -> None:
         told.put((*what, threading.current_thread().name))
 
+    class Mistake(BaseException):
+        """Of the sort that `except Exception` does not see."""
+
     class Device(MQTTQUICClient):
         def on_message(self, client: Any, userdata: Any, message: Message) -> None:
             tell("message", message.payload, userdata)
             if message.payload == b"fail":
-                raise ValueError("a mistake in a callback")
+                raise Mistake("a mistake in a callback")
             if message.payload == b"answer":
                 assert not client.publish_telemetry({"answer": 1}).is_published()
                 client.subscribe("devices/device-1/commands/more")
@@ -246,8 +250,30 @@ def test_a_message_that_the_broker_refuses(platform: Platform, caplog: pytest.Lo
             device.publish("a/#", b"x")
         with pytest.raises(TypeError, match="bytes or text"):
             device.publish("a", 1)  # type: ignore[arg-type]
+        with pytest.raises(PublishRefused, match="topic name invalid"):
+            device.publish("devices/device-1/\ud800", b"x")
+        with pytest.raises(ProtocolError, match="UTF-8"):
+            device.subscribe("devices/device-1/\ud800")
+        odd: Any = "yes"
+        assert device.publish("devices/device-1/kept", b"x", retain=odd).is_published()
         assert device.publish_telemetry({"temperature": 2}).is_published()
-    assert caplog.text.count("the broker does not take a message") == 2
+    assert caplog.text.count("the broker does not take a message") == 3
+    with pytest.raises(ProtocolError, match="UTF-8"):
+        TESAIoTMQTTClient(platform.organisation, topic="device/\ud800").run_forever()
+
+
+def test_a_failure_of_its_own_leaves_nobody_waiting(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(client: Client, messages: Any) -> None:
+        raise RuntimeError("a mistake inside")
+
+    with MQTTQUICClient(platform.device) as device:
+        with monkeypatch.context() as patched:
+            patched.setattr(Client, "publish", broken)
+            with pytest.raises(ConnectorError, match="a mistake inside"):
+                device.publish_telemetry({"temperature": 1})
+        assert device.publish_telemetry({"temperature": 1}).is_published()
 
 
 def test_a_failing_process_is_counted_and_the_message_does_not_come_again(
@@ -305,10 +331,11 @@ def test_payloads_that_are_not_json(platform: Platform) -> None:
 
 
 def test_a_slow_subscriber_holds_the_broker_back(platform: Platform) -> None:
-    go = threading.Event()
+    came, go = threading.Event(), threading.Event()
 
     class Slow(Collector):
         def process_telemetry(self, device_id: str, sensor_type: str, data: Any) -> None:
+            came.set()
             assert go.wait(60)
             super().process_telemetry(device_id, sensor_type, data)
 
@@ -316,6 +343,7 @@ def test_a_slow_subscriber_holds_the_broker_back(platform: Platform) -> None:
         for number in range(1000):
             last = device.publish_telemetry({"number": number}, wait=False)
         last.wait_for_publish(60)
+        assert came.wait(60)
         assert subscriber.status is not None
         assert 0 < subscriber.status.received <= 100
         go.set()
@@ -339,7 +367,10 @@ def test_further_topics_and_those_that_are_refused(platform: Platform) -> None:
             answers.put((mid, granted_qos))
             self.subscribed.set()
 
-    with More(platform.organisation):
+    more = More(platform.organisation, topic=["device/+/telemetry/#"])
+    with pytest.raises(ValueError, match="qos is 0, 1 or 2"):
+        more.subscribe("a", qos=3)  # type: ignore[arg-type]
+    with more:
         got: dict[int, tuple[int, ...]] = {}
         while len(got) < 3:
             mid, codes = answers.get(timeout=30)
@@ -357,13 +388,12 @@ def test_a_wrong_password(platform: Platform) -> None:
     rcs: list[int] = []
     device = MQTTQUICClient(platform.device, password="wrong")
     device.on_connect = lambda client, userdata, flags, rc: rcs.append(rc)
-    before = threading.active_count()
     with pytest.raises(Refused, match="bad user name or password") as refused:
         device.connect()
     assert refused.value.reason_code == 0x86
     assert "password" in refused.value.fix
     assert rcs == [4]
-    assert threading.active_count() == before, "nothing goes on"
+    assert "tesaiot-device-1" not in [thread.name for thread in threading.enumerate()], "nothing goes on"
 
 
 def test_a_refused_token(platform: Platform) -> None:
@@ -584,3 +614,5 @@ def test_the_programs_of_the_guide(platform: Platform) -> None:
             if application.text:
                 break
         assert application.text.startswith("device/device-1/telemetry/temperature b'{")
+        application.end(signal.SIGINT)
+        assert "KeyboardInterrupt" in application.text

@@ -35,6 +35,7 @@ from tesaiot_connect import (
 )
 from tesaiot_connect.cli import execute
 from tesaiot_connect.config import bundle_connection
+from tesaiot_connect.config.document import read_env_file
 from tesaiot_connect.plugins import Catalog
 from tesaiot_connect.sandbox import SandboxOptions
 
@@ -114,7 +115,7 @@ def test_the_folder(sandbox: SandboxProcess) -> None:
     assert sandbox.urls["wss"].endswith("/mqtt")
     if sys.platform != "win32":
         for name in files:
-            if name.endswith((".key", "/.env")) or name in ("users", "tokens"):
+            if name.endswith((".key", "/.env")) or name.partition("-")[0] in ("users", "tokens", "broker.db"):
                 assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600, name
 
 
@@ -457,6 +458,17 @@ def test_what_is_missing_is_made_again(copy: Path) -> None:
     assert (copy / "organisation" / ".env").read_text() != token
 
 
+def test_a_password_of_one_s_own_stays_as_it_is(copy: Path) -> None:
+    env = copy / "devices" / "device-1" / ".env"
+    line = """TESAIOT_PASSWORD='it\\'s "a" #b\\\\'"""
+    env.write_text(re.sub("TESAIOT_PASSWORD=.*", lambda _: line, env.read_text()))
+    before = read_env_file(env)["TESAIOT_PASSWORD"]
+    assert before == """it's "a" #b\\"""
+    for _ in range(2):
+        assert initialise(copy, "--json") == 0
+        assert read_env_file(env)["TESAIOT_PASSWORD"] == before
+
+
 def test_a_token_that_is_over_is_renewed(copy: Path) -> None:
     tokens, env = copy / "tokens", copy / "organisation" / ".env"
     before = env.read_text()
@@ -525,6 +537,15 @@ def test_a_folder_of_somebody_else_stays_as_it_is(copy: Path, capsys: pytest.Cap
     assert "platform.toml is not the sandbox's" in capsys.readouterr().err
     assert (copy / "platform.toml").read_text() == "# mine\n"
     assert not (copy / "organisations.toml").exists()
+
+
+def test_a_folder_with_other_things_stays_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.txt").touch()
+    assert initialise(tmp_path) == 1
+    assert "holds other things, such as thesis.txt" in capsys.readouterr().err
+    assert [one.name for one in tmp_path.iterdir()] == ["thesis.txt"]
 
 
 def test_two_on_one_folder(sandbox: SandboxProcess, capsys: pytest.CaptureFixture[str]) -> None:

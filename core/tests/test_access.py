@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from hypothesis import given, strategies as st
 
 from tesaiot_connect import access as access_module
 from tesaiot_connect.access import Access, AccessRule, Account, Anybody, FirstOf
+from tesaiot_connect.accounts import file_stamp
 from tesaiot_connect.errors import ConnectorError, NotApplicable, Refused
 from tesaiot_connect.mqtt.reasons import R
 from tesaiot_connect.mqtt.topics import matches
@@ -237,6 +241,61 @@ def test_the_organisations_file_is_read_again(tmp_path: Path, caplog: pytest.Log
     assert may("d2")
     file.write_text('acme = ["d3"]\n')
     assert (may("d2"), may("d3")) == (False, True)
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_trouble_that_passes_is_told_once_and_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "organisations.toml"
+    file.write_text('acme = ["d1"]\n')
+    access = Access(rules=PLATFORM.rules, organisations_file=file)
+    principal = access.principal("token:1", organisation="acme")
+    file.write_text('acme = ["d1", "d2"]\n')
+    with monkeypatch.context() as patched:
+
+        def no_files_left(*_: object, **__: object) -> str:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        patched.setattr(Path, "read_text", no_files_left)
+        for _ in range(3):
+            principal.refusal()
+    (record,) = (one for one in caplog.records if one.levelname == "ERROR")
+    assert "Too many open files" in record.getMessage()
+    principal.refusal()
+    assert principal.may_receive("device/d2/telemetry/t")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a file has no time of change there")
+@pytest.mark.usefixtures("at_once")
+def test_a_change_that_hides_its_time_and_size_is_noticed(tmp_path: Path) -> None:
+    file = tmp_path / "organisations.toml"
+    file.write_text('acme = ["d1"]\n')
+    principal = Access(rules=PLATFORM.rules, organisations_file=file).principal(
+        "token:1", organisation="acme"
+    )
+    before, stamp = file.stat(), file_stamp(file)
+    while file_stamp(file) == stamp:  # the clock of the file system is coarse
+        with file.open("r+b") as opened:
+            opened.write(b'acme = ["d2"]\n')
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    principal.refusal()
+    assert principal.may_receive("device/d2/telemetry/t")
+    assert not principal.may_receive("device/d1/telemetry/t")
+
+
+@pytest.mark.usefixtures("at_once")
+def test_who_is_away_has_no_more_than_is_in_the_file_now(tmp_path: Path) -> None:
+    """Nobody asks whether it may stay; a will of it may be due."""
+    file = tmp_path / "organisations.toml"
+    file.write_text('acme = ["d1"]\n')
+    principal = Access(rules=PLATFORM.rules, organisations_file=file).principal(
+        "token:1", organisation="acme"
+    )
+    assert principal.may_publish("device/d1/commands")
+    file.write_text('other = ["d1"]\n')
+    assert not principal.may_publish("device/d1/commands")
+    assert not principal.may_subscribe("device/d1/telemetry/#")
 
 
 def test_the_file_is_looked_at_once_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import signal
 import socket
 import subprocess
@@ -186,6 +187,38 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             _, rest = process.communicate(timeout=30)
     assert process.returncode == 0, rest
     assert "Traceback" not in rest
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT for another process")
+def test_pub_that_waits_for_its_input_is_interrupted(broker: str) -> None:
+    arguments = ["pub", broker, "interrupted", "-l", "-r"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen([*COMMAND, *arguments], stdin=pipe, stderr=pipe, text=True) as process:
+        assert process.stdin is not None
+        process.stdin.write("one\n")
+        process.stdin.flush()
+        assert run("sub", broker, "interrupted", "-C", "1").stdout == "interrupted one\n"
+        process.send_signal(signal.SIGINT)  # it reads on, in a thread
+        assert process.wait(30) == 130
+        assert process.stderr is not None
+        assert process.stderr.read().strip() == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no pseudo-terminals")
+def test_pub_at_a_terminal_says_that_it_waits(broker: str) -> None:
+    ours, its = os.openpty()
+    try:
+        with subprocess.Popen(
+            [*COMMAND, "pub", broker, "typed", "-r"], stdin=its, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stderr is not None
+            assert process.stderr.readline() == b"type what to publish; Ctrl-D ends it\n"
+            os.write(ours, b"by hand\n\x04")
+            assert process.wait(30) == 0
+    finally:
+        os.close(ours)
+        os.close(its)
+    assert run("sub", broker, "typed", "-C", "1").stdout == "typed by hand\n\n"
 
 
 def test_pub_and_sub(broker: str) -> None:

@@ -201,3 +201,19 @@ def test_the_variables_of_env_file_are_for_set_too(
     assert "TESAIOT_TEST_KEEPALIVE is not set" in capsys.readouterr().err
     assert execute([*command, "--env-file", str(tmp_path / "more.env")]) == 78
     assert "keepalive: expected a duration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["pub", "mqtt://h", "a/#", "x"], 2, "'a/#': + and # are for subscriptions"),
+        (["pub", "broker.example", "a", "x"], 78, "'broker.example' is neither a URL nor a folder"),
+        (["sub", "broker.example:1883", "a"], 78, "Write a URL, such as mqtts://broker.example:1883,"),
+        (["bundle", "devices/d1"], 2, "Write: tesaiot-connect bundle show DIR"),
+    ],
+)
+def test_what_a_wrong_argument_should_have_been(
+    arguments: list[str], code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert execute(arguments) == code
+    assert says in capsys.readouterr().err

@@ -72,6 +72,15 @@ def test_all_reasons_are_told() -> None:
     assert len(dialer.attempts) == 2
 
 
+def test_an_endpoint_is_named_once() -> None:
+    dialer = InOrder(
+        [endpoint("a", ConnectFailed("test://a:1 is off")), endpoint("b", ConnectFailed("no route"))]
+    )
+    with pytest.raises(ConnectFailed) as failed:
+        asyncio.run(dialer.connect())
+    assert failed.value.what.endswith(": (1) test://a:1 is off; (2) test://b:1: no route")
+
+
 def test_one_endpoint_speaks_for_itself() -> None:
     refused = Refused("bad credentials", permanent=True)
     with pytest.raises(Refused) as failed:

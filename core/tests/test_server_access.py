@@ -15,7 +15,7 @@ from tesaiot_connect import access as access_module, hookspecs, plugins
 from tesaiot_connect.access import Access, AccessRule, Account, FirstOf
 from tesaiot_connect.config.schema import serve_schema
 from tesaiot_connect.config.serving import ServerConfig, load_server
-from tesaiot_connect.errors import ConfigError, NotApplicable
+from tesaiot_connect.errors import ConfigError, ConnectorError, NotApplicable
 from tesaiot_connect.message import Message
 from tesaiot_connect.mqtt.packets import Will
 from tesaiot_connect.mqtt.properties import P
@@ -39,8 +39,11 @@ class Door:
     access: Access
     gone: set[str] = attrs.field(factory=set)
     broken: bool = False
+    failure: Exception | None = None
 
     async def begin(self, peer: Peer, credentials: Credentials, /) -> Challenge | Principal:
+        if self.failure is not None:
+            raise self.failure
         text = credentials.username or (credentials.data or b"").decode()
         if not text:
             raise NotApplicable("there is no username")
@@ -416,6 +419,31 @@ def test_a_look_that_fails_ends_nobody(tmp_path: Path, caplog: pytest.LogCapture
         await peers[1].publish(Message("devices/d1/x", b"", 1))
 
     run(tmp_path, test)
+
+
+@pytest.mark.parametrize("failure", [ConnectorError("the directory is down", fix="start it"), KeyError("x")])
+@pytest.mark.parametrize(("version", "code"), [(4, 3), (5, 0x88)])
+def test_an_authenticator_that_fails_lets_nobody_in_and_the_client_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, failure: Exception, version: int, code: int
+) -> None:
+    async def test(house: House) -> None:
+        house.door.failure = failure
+        peer = await house.knock("d1@acme", version=version)
+        data = b""
+        while len(data) < 4:
+            more = await peer.stream.receive()
+            assert more, "hung up without a word"
+            data += more
+        assert (data[0], data[3]) == (0x20, code)
+        assert b"directory" not in data  # what it is about is for the log
+        house.door.failure = None
+        await house.enter("d1@acme", version=version)
+
+    run(tmp_path, test)
+    (record,) = [one for one in caplog.records if one.levelname == "ERROR"]
+    assert "cannot be authenticated" in record.getMessage()
+    assert isinstance(failure, ConnectorError) == ("the directory is down" in record.getMessage())
+    assert isinstance(failure, KeyError) == bool(record.exc_info)
 
 
 def test_a_session_is_of_one_name_in_one_organisation(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import stat
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,23 @@ def test_what_is_committed_is_there_at_the_next_start(tmp_path: Path) -> None:
     assert rows.sessions == [("c", "me", 60, None)]
     assert [row[:4] for row in rows.queue] == [(9, "c", 12.5, "$share/g/a")]
     assert unpack(rows.queue[0][4]) == MESSAGE
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="rights are kept in another way there")
+def test_a_new_file_is_for_its_owner_alone_and_an_old_one_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+
+    async def main(mode: int) -> None:
+        store, _ = await opened(path)
+        store.put(7, "c", None, None, MESSAGE)
+        await store.commit()
+        modes = {stat.S_IMODE(one.stat().st_mode) for one in tmp_path.iterdir()}
+        await store.aclose()
+        assert modes == {mode}
+
+    asyncio.run(main(0o600))
+    path.chmod(0o640)
+    asyncio.run(main(0o640))
 
 
 def test_commit_means_readable_by_another_process(tmp_path: Path) -> None:

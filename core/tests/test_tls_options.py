@@ -144,3 +144,22 @@ def test_certificate_facts() -> None:
         }
     )
     assert facts == ("the certificate names a.example, 10.0.0.1; it is valid from yesterday until tomorrow")
+
+
+@pytest.mark.parametrize(
+    ("code", "says"),
+    [
+        (18, "the client's certificate is not from a trusted authority (self-signed)"),
+        (10, "the client's certificate has expired"),
+        (9, "the client's certificate is not valid yet"),
+        (26, "the client's certificate was rejected: self-signed"),
+    ],
+)
+def test_a_listener_rejects_the_certificate_of_a_client(code: int, says: str) -> None:
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_code, error.verify_message = code, "self-signed"
+    told = explain_tls(error, accepted=True)
+    assert told.what == says
+    assert told.fix
+    assert told.__cause__ is error
+    assert "the server's certificate" in explain_tls(error).what

@@ -11,12 +11,13 @@ import logging
 import re
 import time
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import attrs
 
+from .accounts import file_stamp
 from .errors import ConnectorError, NotApplicable, ProtocolError, Refused
 from .mqtt.reasons import R
 from .mqtt.topics import check_filter
@@ -174,11 +175,13 @@ class Account:
         return any(_DEVICE in pattern for pattern in self._subscribe)
 
     def may_publish(self, topic: str, /) -> bool:
+        self._now.look()
         parts, devices = topic.split("/"), self._now.of(self.organisation)
         return any(_covers(pattern, parts, devices) for pattern in self._publish)
 
     def may_subscribe(self, topic_filter: str, /) -> bool:
         """Whether one pattern covers the filter, which comes without `$share/<group>/`."""
+        self._now.look()
         parts, devices = topic_filter.split("/"), self._now.of(self.organisation)
         return any(_covers(pattern, parts, devices, any_device=True) for pattern in self._subscribe)
 
@@ -233,7 +236,8 @@ class _Organisations:
         self._file = file
         self._all = self._table
         self._next_look = 0.0
-        self._seen: object = None
+        self._seen: Hashable = None
+        self._told = ""
         self.known = file is None
         """Whether the file was read once."""
         self.decisions: dict[tuple[Account, str], bool] = {}
@@ -247,14 +251,17 @@ class _Organisations:
         if self._file is None or now < self._next_look:
             return
         self._next_look = now + _LOOK
-        seen = self._state()
-        if seen == self._seen:
+        seen = file_stamp(self._file)
+        if seen is not None and seen == self._seen:
             return
         try:
             self.read()
         except ConnectorError as error:
-            self._seen = seen
-            log.error("%s%s", error, "; what it said before holds" if self.known else "")
+            if (told := str(error)) != self._told:
+                log.error("%s%s", error, "; what it said before holds" if self.known else "")
+            if isinstance(error.__cause__, OSError):  # it may pass without a change of the file
+                seen = None
+            self._seen, self._told = seen, told if seen is None else ""
         else:
             log.info("organisations read from %s", self._file)
 
@@ -262,20 +269,12 @@ class _Organisations:
         """Raises ConnectorError, and changes nothing then."""
         if self._file is None:
             return
-        seen = self._state()
+        seen = file_stamp(self._file)
         found = _read(self._file)
         both = {*self._table, *found}
         self._all = {name: self._table.get(name, frozenset()) | set(found.get(name, ())) for name in both}
-        self._seen, self.known = seen, True
+        self._seen, self._told, self.known = seen, "", True
         self.decisions.clear()
-
-    def _state(self) -> object:
-        assert self._file is not None
-        try:
-            found = self._file.stat()
-        except OSError as error:
-            return error.errno
-        return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _read(file: Path) -> dict[str, list[str]]:

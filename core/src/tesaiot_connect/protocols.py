@@ -59,7 +59,7 @@ class Url:
         except ValueError as error:
             raise ValueError(f"{text!r} is not a URL: {error}") from error
         if not parts.scheme or "://" not in text:
-            raise ValueError(f"{text!r} has no scheme: write scheme://host:port")
+            raise ValueError(f"{text!r} has no scheme, such as mqtts://")
         if parts.username or parts.password:
             raise ValueError("a URL must not hold credentials: use the connection's `auth` table")
         if not parts.hostname and not parts.path:

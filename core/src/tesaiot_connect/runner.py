@@ -8,12 +8,10 @@ and leaves nothing behind. Signals are the business of `run_blocking` alone.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
@@ -21,6 +19,7 @@ import attrs
 from .errors import ConnectorError
 from .pipeline import Feed, PipelineSpec, PipelineStats, Pump, SourceSpec, Tee
 from .protocols import Source
+from .signals import stopping_on_signals
 
 log = logging.getLogger("tesaiot_connect.runner")
 
@@ -153,42 +152,6 @@ def run_blocking(
             return runner.run(main())
     except asyncio.CancelledError as error:
         raise KeyboardInterrupt from error
-
-
-@contextlib.contextmanager
-def stopping_on_signals(stop: asyncio.Event, *, portable: bool = False) -> Iterator[None]:
-    """The first SIGINT or SIGTERM sets `stop`, any further one cancels the calling task.
-
-    For the main thread of a program. `portable` takes the way of systems whose event loop has
-    no signal handlers (Windows), where it is taken anyway. Handlers are put back at the end.
-    """
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    assert task is not None
-
-    def asked() -> None:
-        if stop.is_set():
-            task.cancel()
-        else:
-            log.info("asked to stop; a second signal stops at once")
-        stop.set()
-
-    def handler(_number: int, _frame: Any) -> None:
-        loop.call_soon_threadsafe(asked)
-
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            before = signal.getsignal(number)
-            try:
-                if portable:
-                    raise NotImplementedError
-                loop.add_signal_handler(number, asked)
-                stack.callback(signal.signal, number, before)
-                stack.callback(loop.remove_signal_handler, number)
-            except NotImplementedError:
-                signal.signal(number, handler)
-                stack.callback(signal.signal, number, before)
-        yield
 
 
 def _assemble(

@@ -303,7 +303,8 @@ def silent(recipe: TcpRecipe) -> Disconnected:
     return Disconnected(
         f"{place(recipe)} closed the connection right after the TLS handshake: it may require "
         "a client certificate, or not accept the one it was shown",
-        fix='see auth = { type = "mtls", ... } on the connection, and the log of the server',
+        fix=f"check that this port speaks {recipe.url.scheme}://; see "
+        'auth = { type = "mtls", ... } on the connection, and the log of the server',
     )
 
 
@@ -463,7 +464,7 @@ async def wrap_accepted(
     try:
         return await wrap(recipe, name, sock, context, protocol, accepted=True)
     except OSError as error:
-        told = explain_tls(error)
+        told = explain_tls(error, accepted=True)
         raise ConnectorError(f"{where}: {told.what}", fix=told.fix) from error
 
 

@@ -354,11 +354,37 @@ def tls_reason(error: BaseException) -> tuple[str, str]:
     return (f"TLS failed: {reason or error}", "")
 
 
-def explain_tls(error: BaseException) -> Disconnected:
-    """What a broken TLS connection means, in words. Keeps the error as its cause."""
+def _client_certificate(error: ssl.SSLCertVerificationError) -> tuple[str, str]:
+    """Why a listener rejects the certificate that a client shows, and what to do about it."""
+    if error.verify_code in _UNKNOWN_CA:
+        return (
+            f"the client's certificate is not from a trusted authority ({error.verify_message})",
+            "give the client a certificate of an authority in the listener's `ca_file`",
+        )
+    if error.verify_code == _EXPIRED:
+        return (
+            "the client's certificate has expired",
+            "renew it; if it is valid, this machine's clock is wrong",
+        )
+    if error.verify_code == _NOT_YET:
+        return "the client's certificate is not valid yet", "this machine's clock is probably wrong: set it"
+    return (
+        f"the client's certificate was rejected: {error.verify_message}",
+        "check the certificate chain that the client sends",
+    )
+
+
+def explain_tls(error: BaseException, *, accepted: bool = False) -> Disconnected:
+    """What a broken TLS connection means, in words. Keeps the error as its cause.
+
+    `accepted` is a listener's point of view: the certificate it rejects is a client's.
+    """
     if not isinstance(error, ssl.SSLError):
         return explain_os_error(error)
-    what, fix = tls_reason(error)
+    if accepted and isinstance(error, ssl.SSLCertVerificationError):
+        what, fix = _client_certificate(error)
+    else:
+        what, fix = tls_reason(error)
     told = Disconnected(what, fix=fix)
     told.__cause__ = error
     return told

@@ -20,6 +20,8 @@ def main(bundle: str, interval: float) -> None:
 
 if __name__ == "__main__":
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     try:
         main(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 1.0)
     except ConnectorError as error:

@@ -14,6 +14,8 @@ class Printer(TESAIoTMQTTClient):
 
 if __name__ == "__main__":
     logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     try:
         # the name makes the platform keep what comes while this does not run
         Printer(sys.argv[1], client_id="printer", clean_session=False).run_forever()

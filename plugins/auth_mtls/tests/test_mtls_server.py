@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
 from pathlib import Path
@@ -234,6 +235,33 @@ def test_a_list_is_read_when_it_changes_only(tmp_path: Path, monkeypatch: pytest
             except Refused:
                 pass
         assert len(reads) == 1
+
+
+def test_a_trouble_that_passes_does_not_hide_a_revocation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device, file = AUTHORITY.issue("device-1"), tmp_path / "revoked"
+    file.write_text("")
+    principal = begin(CertificateAuth(revoked_file=file), device)
+    write(file, f"{device.certificate.serial_number:x}\n")
+    caplog.clear()
+    with monkeypatch.context() as patched, caplog.at_level(logging.ERROR):
+
+        def no_files_left(*_: object, **__: object) -> str:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        patched.setattr(Path, "read_text", no_files_left)
+        assert [principal.refusal() for _ in range(3)] == ["", "", ""]
+    (message,) = caplog.messages
+    assert "Too many open files" in message
+    assert principal.refusal() == "the certificate was revoked"
+
+
+@pytest.mark.parametrize("name", ["token:acme:1", "TOKEN:acme:1", "token:"])
+def test_a_certificate_is_no_token(name: str) -> None:
+    """Rules give rights to the names that the holders of tokens have."""
+    assert "names the holder of a token" in refused(CertificateAuth(), AUTHORITY.issue(name)).what
+    assert begin(CertificateAuth(), AUTHORITY.issue("tokens:1")).name == "tokens:1"
 
 
 @pytest.mark.parametrize("line", ["xyz", "0x", "a" * 41, "a" * 63, "a" * 65, "-1", "12 34"])

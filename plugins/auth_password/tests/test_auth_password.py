@@ -161,6 +161,18 @@ def test_an_account_that_is_over(users: Path) -> None:
     assert refusal(server, "device-1", "wrong").reason_code == 0x86
 
 
+def test_an_account_is_over_from_its_end_on(users: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    users.write_text(users.read_text().strip() + "::2031-01-01T01:00:00+01:00\n")
+    server, end = live(users), 1_924_992_000.0  # 2031-01-01T00:00:00Z
+    now = [end - 0.001]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    principal = asyncio.run(login(server, "device-1", "right"))
+    assert (principal.valid_until, principal.refusal()) == (end, "")
+    now[0] = end
+    assert "was valid until 2031-01-01T00:00:00Z" in principal.refusal()
+    assert "was valid until 2031-01-01T00:00:00Z" in str(refusal(server, "device-1", "right"))
+
+
 def test_an_account_that_ends_is_noticed(users: Path) -> None:
     server = live(users)
     principal = asyncio.run(login(server, "device-1", "right"))

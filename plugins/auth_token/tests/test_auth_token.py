@@ -306,6 +306,24 @@ def test_a_token_that_is_over(tmp_path: Path) -> None:
     assert "the token old:one was valid until 2020-01-02T00:00:00Z" in str(error)
 
 
+def test_a_token_is_over_from_its_end_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A date alone is to its end, in UTC."""
+    file = tmp_path / "tokens"
+    file.write_text(f"{digest(TOKEN)}:acme:2030-12-31:one\n")
+    server, end = live(file), 1_924_992_000.0  # 2031-01-01T00:00:00Z
+    now = [end - 0.001]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    principal = asyncio.run(login(server, TOKEN))
+    assert (principal.valid_until, principal.refusal()) == (end, "")
+    own = AuthToken(token=Secret(TOKEN), expires="2030-12-31")
+    asyncio.run(own.begin())
+    now[0] = end
+    assert "was valid until 2031-01-01T00:00:00Z" in principal.refusal()
+    assert "was valid until 2031-01-01T00:00:00Z" in str(refusal(server, TOKEN))
+    with pytest.raises(Refused, match="expired on 2031-01-01T00:00:00Z: nothing was sent"):
+        asyncio.run(own.begin())
+
+
 def test_a_token_that_ends_is_noticed(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     token = add_token(file, "acme")

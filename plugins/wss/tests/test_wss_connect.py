@@ -218,7 +218,7 @@ def http(status: str, *headers: str, body: bytes = b"") -> bytes:
 @pytest.mark.parametrize(
     ("answer", "word", "fix"),
     [
-        (http("401 Unauthorized", body=b"no token"), "401 Unauthorized), and says: no token", "headers"),
+        (http("401 Unauthorized", body=b"no token"), "401 Unauthorized); it says: no token", "headers"),
         (http("403 Forbidden"), "refuses (403 Forbidden)", "headers"),
         (http("404 Not Found", body=HTML), "nothing at this path (404 Not Found)", "/mqtt"),
         (http("301 Moved", "Location: https://b.example/x?secret=1"), "to https://b.example/x (301)", "wss://"),

@@ -12,12 +12,21 @@ if TYPE_CHECKING:
     from ..config import Bundle
 
 
-@click.group("bundle")
+class _Verbs(click.Group):
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands and not args[0].startswith("-"):
+            ctx.fail(f"there is no command {args[0]!r}. Write: tesaiot-connect bundle show DIR")
+        return super().resolve_command(ctx, args)
+
+
+@click.group("bundle", cls=_Verbs)
 def command() -> None:
     """Look into a bundle: the folder of files that the platform gives out for a device."""
 
 
-@command.command("show")
+@command.command("show", short_help="Print its values, and where each came from.")
 @click.argument("folder", metavar="DIR")
 @click.option("--json", "as_json", is_flag=True, help="As one JSON document.")
 @options.env_file

@@ -78,6 +78,7 @@ async def _publish(
 
 async def _one(payload: str | None) -> AsyncIterator[list[bytes]]:
     if payload is None:
+        _say_that_it_waits()
         yield [b"".join([chunk async for chunk in _input()])]
     else:
         yield [payload.encode("utf-8", "surrogateescape")]
@@ -86,6 +87,7 @@ async def _one(payload: str | None) -> AsyncIterator[list[bytes]]:
 async def _lines() -> AsyncIterator[list[bytes]]:
     """Batches of lines: what is there at once goes together, and a lone line at once."""
     tail = b""
+    _say_that_it_waits()
     async for chunk in _input():
         *lines, tail = (tail + chunk).split(b"\n")
         if lines:
@@ -94,16 +96,27 @@ async def _lines() -> AsyncIterator[list[bytes]]:
         yield [tail]
 
 
+def _say_that_it_waits() -> None:
+    if sys.stdin.isatty():
+        end = "Ctrl-Z and Enter" if sys.platform == "win32" else "Ctrl-D"
+        click.echo(f"type what to publish; {end} ends it", err=True)
+
+
 async def _input() -> AsyncIterator[bytes]:
-    """Standard input as it comes. Read by a daemon thread, which no exit waits for."""
+    """Standard input as it comes. Read by a daemon thread, which no exit waits for.
+
+    It reads below Python's buffer: whoever waits in the buffer holds its lock, which the interpreter
+    wants at its end, and without which it aborts.
+    """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[bytes] = asyncio.Queue(16)
 
     def read() -> None:
-        stdin: Any = sys.stdin.buffer  # a BufferedReader, whose `read1` waits for no more than there is
+        stdin: Any = sys.stdin.buffer
+        raw: Any = getattr(stdin, "raw", stdin)
         data = b"-"
         while data:
-            data = stdin.read1(65536)
+            data = raw.read(65536) or b""
             asyncio.run_coroutine_threadsafe(queue.put(data), loop).result()
 
     threading.Thread(target=read, name="standard input", daemon=True).start()

@@ -26,7 +26,7 @@ log = logging.getLogger("tesaiot_connect.run")
 @click.option(
     "--require-healthy",
     is_flag=True,
-    help="Exit 69 if a source or sink cannot be reached at the start, instead of trying for ever.",
+    help="Exit 69 if a source or sink cannot be reached within 30 s, instead of trying for ever.",
 )
 @options.logging_options
 @click.pass_context

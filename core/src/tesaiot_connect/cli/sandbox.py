@@ -8,6 +8,8 @@ import ipaddress
 import json
 import logging
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Mapping
@@ -113,8 +115,8 @@ def command(
 
 
 async def _run(asked: SandboxOptions, simulation: Simulation | None, as_json: bool, *, figures: bool) -> None:
-    from ..runner import stopping_on_signals
     from ..sandbox import running
+    from ..signals import stopping_on_signals
 
     stop = asyncio.Event()
     async with running(asked, simulation=simulation) as sandbox:
@@ -167,15 +169,25 @@ def _words(estate: Estate, urls: Mapping[str, str], simulated: bool, runs: bool)
         lines += [f"  {'':<6}its bundle: {_short(one.folder)}"]
     lines += [f"  {'':<6}theirs:     {_short(estate.folder / 'devices')}{os.sep}<name>", ""]
     if not runs:
-        lines += [click.style("Next, start it:", bold=True), "", f"  {start_command(estate.folder)}", ""]
+        start = _typed(start_command(estate.folder))
+        lines += [click.style("Next, start it:", bold=True), "", f"  {start}", ""]
     lines += [click.style(f"{'Next' if runs else 'Then'}, in another terminal:", bold=True), ""]
     for what, line in next_steps(estate, urls):
-        lines += [f"  # {what}", f"  {line}", ""]
+        lines += [f"  # {what}", f"  {_typed(line)}", ""]
     lines += [
         f"In Python: {_short(estate.organisations[0].folder / 'QUICKSTART.md')}."
         + (" Ctrl-C stops." if runs else "")
     ]
     return "\n".join(lines)
+
+
+def _typed(line: str) -> str:
+    """A command line that works in this shell, where the program may not be on the PATH."""
+    name, _, rest = line.partition(" ")
+    program = Path(sys.argv[0]).absolute()
+    if program.stem != name or shutil.which(name) is not None:
+        return line
+    return f"{shlex.quote(_short(program))} {rest}"
 
 
 def _short(path: Path) -> str:

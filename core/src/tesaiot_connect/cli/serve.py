@@ -44,8 +44,8 @@ def command(
 
 
 async def _serve(config: ServerConfig) -> None:
-    from ..runner import stopping_on_signals
     from ..server import Broker
+    from ..signals import stopping_on_signals
 
     stop = asyncio.Event()
     with stopping_on_signals(stop):

@@ -52,6 +52,10 @@ def client(target: str, file: str | None, overrides: tuple[str, ...], env_file: 
         is_path = "://" not in target and (os.sep in target or "/" in target)
         if is_path or is_bundle(target):
             found = bundle(target, overrides, env_file)
+        elif "://" not in target:
+            what = f"{target!r} is neither a URL nor a folder that is there"
+            fix = f"Write a URL, such as mqtts://{target}, or the folder of a bundle"
+            raise ConfigError([Problem("command line", 0, "TARGET", what, fix)])
         else:
             found = connection(target, overrides=overrides, environ=options.environment(env_file))
         chosen = found.options

@@ -423,7 +423,8 @@ def _field(field: attrs.Attribute[Any], conv: cattrs.Converter) -> Callable[[Any
                 raise
             raise Wrong("is not of the right form", f"Write {write}") from None  # the value may be secret
         if field.metadata.get("exists") and isinstance(made, FilePath) and not made.exists():
-            raise Wrong(f"the file {made} does not exist", "Relative paths start at the folder of this file")
+            fix = "Relative paths start at the folder of this file; those of --set where the command runs"
+            raise Wrong(f"the file {made} does not exist", fix)
         if field.validator is not None and field.converter is None:
             try:
                 field.validator(None, field, made)

@@ -15,12 +15,12 @@ from datetime import UTC, datetime
 from typing import Any, Literal, Self
 
 from ..client import ClientStatus
-from ..errors import ConnectorError, Disconnected, Refused
+from ..errors import ConnectorError, Disconnected
 from ..message import Delivery, Message
 from ..mqtt.topics import check_filter, check_topic
 from .outgoing import Publication
 from .payloads import telemetry
-from .session import Notice, Session
+from .session import Notice, Session, is_answer
 from .settings import Arguments, read
 
 log = logging.getLogger("tesaiot_connect.device")
@@ -142,9 +142,8 @@ class MQTTQUICClient:
             if began := session is None or not session.alive:
                 if session is not None:
                     session.join()
-                session = self._new_session()
+                self._session = session = self._new_session()
                 session.begin()
-                self._session = session
         assert session is not None
         if began:
             session.connect(timeout)
@@ -202,7 +201,8 @@ class MQTTQUICClient:
         elif not isinstance(payload, bytes | bytearray):
             raise TypeError(f"a payload is bytes or text, not {type(payload).__name__}")
         session = self._connected()
-        publication = session.publish(Message(topic, bytes(payload), qos, retain), timeout)
+        message = Message(topic, bytes(payload), int(qos), bool(retain))
+        publication = session.publish(message, timeout)
         if wait and not session.inside:
             publication.wait_for_publish(timeout)
         return publication
@@ -230,8 +230,9 @@ class MQTTQUICClient:
             return
         try:
             granted.result(timeout)
-        except Refused:
-            self._filters.pop(topic_filter, None)
+        except ConnectorError as error:
+            if is_answer(error):
+                self._filters.pop(topic_filter, None)
             raise
         except TimeoutError as error:
             raise Disconnected(
@@ -243,7 +244,8 @@ class MQTTQUICClient:
         """What waits has `timeout` seconds to be published, then DISCONNECT. Idempotent.
 
         True if nothing was left; what was left is given up, and its `Publication`s raise
-        Disconnected. In a callback it begins, and True means nothing.
+        Disconnected. In a callback it begins, and True means nothing. It ends a `connect` of another
+        thread too, unless that comes later.
         """
         session = self._session
         return session is None or session.close(timeout)
@@ -298,6 +300,6 @@ class MQTTQUICClient:
     def _call(self, callback: Callable[..., None], *args: Any) -> None:
         try:
             callback(self, self.userdata, *args)
-        except (Exception, SystemExit, KeyboardInterrupt):
+        except BaseException:  # nothing is awaited here: whatever it is, the callback raised it
             name = getattr(callback, "__name__", "a callback")
             log.exception("%s of %s failed", name, self.device_id or "a device")

@@ -81,7 +81,6 @@ class Session:
         self._notify = notify
         self._published = published
         self._deliver = deliver
-        self._filters = [dict(group) for group in filters]
         self._pid = os.getpid()
         self._portal = Portal(name=f"tesaiot-{name}")
         self._thread: threading.Thread | None = None
@@ -106,7 +105,8 @@ class Session:
         """Whether there is a connection now."""
         self.error: ConnectorError | None = None
         """Why there is none."""
-        self._granted: dict[str, Future[None]] = {}
+        self._filters = [(dict(group), Future[None]()) for group in filters]
+        self._granted = {one: granted for group, granted in self._filters for one in group}
         """Filters that are or were asked for, to the broker's answer."""
 
     # --- for every thread -----------------------------------------------------------------
@@ -121,7 +121,7 @@ class Session:
         return self._running is not None and not self.stopping and self._pid == os.getpid()
 
     def begin(self) -> None:
-        """Starts its thread. Once; before everything else."""
+        """Starts its thread. Once; before everything else but `close`, which ends it at once then."""
         self._running = self._portal.start(self._run())
 
     def connect(self, timeout: float | None) -> None:
@@ -208,11 +208,12 @@ class Session:
         self.soon(self._stop.set)
 
     def close(self, flush: float) -> bool:
-        """Stops, and waits for the end, unless in a callback. True if nothing was left unpublished."""
-        if self._pid != os.getpid() or self._running is None:
+        """Stops, and waits for the end, unless in a callback or before `begin`. True if nothing was left
+        unpublished."""
+        if self._pid != os.getpid():
             return True
         self.ask_to_stop(flush)
-        if self.inside or self._outgoing.interrupted:
+        if self._running is None or self.inside or self._outgoing.interrupted:
             return True
         self._outgoing.close()
         try:
@@ -259,6 +260,8 @@ class Session:
         try:
             if self._loop is not None:
                 self._loop.call_soon_threadsafe(function)
+            elif self._running is not None:  # it begins right now
+                self._portal.start(_call(function))
         except RuntimeError:  # the loop has ended
             pass
 
@@ -286,8 +289,8 @@ class Session:
                 name=self._name,
                 on_state=self._on_state,
             ) as self._client:
-                for group in self._filters:  # before it dials, for what a lasting session brings
-                    await self._open(group, Future()).wait()
+                for group, granted in self._filters:  # before it dials, for what a lasting session brings
+                    await self._open(group, granted).wait()
                 self._started.set()
                 ending = self._task(self._end(), "end")
                 try:
@@ -377,19 +380,22 @@ class Session:
                     finally:
                         self._reading.discard(own)
                     await self._deliver(delivery)
-            except Disconnected as error:
-                if isinstance(error, Refused):
+            except ConnectorError as error:
+                if is_answer(error):
                     self._refused(filters, mid, granted, error)
             finally:
                 watch.cancel()
 
-    def _refused(self, filters: Mapping[str, int], mid: int, granted: Future[None], error: Refused) -> None:
+    def _refused(
+        self, filters: Mapping[str, int], mid: int, granted: Future[None], error: ConnectorError
+    ) -> None:
         log.error("%s: %s", self._name, error)
         for one in filters:
             self._granted.pop(one, None)
         if not granted.done():
             granted.set_exception(error)
-        self._notify(Notice("refused", mid=mid, qos=(error.reason_code,) * len(filters), error=error))
+        code = int(getattr(error, "reason_code", R.UNSPECIFIED_ERROR))
+        self._notify(Notice("refused", mid=mid, qos=(code,) * len(filters), error=error))
 
     async def _watch(self, reader: LazyReader, mid: int, granted: Future[None]) -> None:
         seen = 0
@@ -414,7 +420,7 @@ class Session:
             await self._client.publish([one.message for one in batch])
         except PartialDelivery as error:
             errors = error.failures
-        except ConnectorError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, nobody may wait for ever
             errors = dict.fromkeys(range(len(batch)), error)
         self._outgoing.settle(batch, errors)
         if not len(self._outgoing):
@@ -434,6 +440,15 @@ class Session:
                 granted.set_exception(closed)
         if self._outgoing.lost:
             log.warning("%s: %d messages were not published before the end", self._name, self._outgoing.lost)
+
+
+async def _call(function: Callable[[], object]) -> None:
+    function()
+
+
+def is_answer(error: ConnectorError) -> bool:
+    """Whether it tells what will be said again, and not that the connection is gone."""
+    return isinstance(error, Refused) or not isinstance(error, Disconnected)
 
 
 def return_code(error: Refused) -> int:

@@ -24,6 +24,7 @@ from ..client import ClientStatus
 from ..errors import ConnectorError, Disconnected, Refused
 from ..message import Delivery, Message
 from ..mqtt.topics import check_filter
+from ..signals import SecondSignal
 from .payloads import decode, device_and_sensor, printable
 from .session import Notice, Session
 from .settings import Arguments, read
@@ -137,10 +138,7 @@ class TESAIoTMQTTClient:
         filter that none is.
         """
         self.topic = topic
-        self._filters: dict[str, int] = {}
-        for one in (topic,) if isinstance(topic, str) else topic:
-            check_filter(one)
-            self._filters[one] = 1
+        self._filters = dict.fromkeys(_checked(topic), 1)
         self._connection = read(
             Arguments(
                 owner=type(self).__name__,
@@ -253,17 +251,19 @@ class TESAIoTMQTTClient:
             self._tell_all()
         return True
 
-    def subscribe(self, topic: str, qos: Literal[0, 1, 2] = 1) -> None:
-        """Asks for a further topic filter, now and at every further `connect`; what comes of it is
-        told to `_on_subscribe`. Asking again changes nothing. What a broker kept for a lasting
-        session is missed if the filter is not known before `connect`: name it as `topic`.
+    def subscribe(self, topic: str | Sequence[str], qos: Literal[0, 1, 2] = 1) -> None:
+        """Asks for further topic filters, one or several, now and at every further `connect`; what
+        comes of each is told to `_on_subscribe`. Asking again changes nothing. What a broker kept for
+        a lasting session is missed if the filter is not known before `connect`: name it as `topic`.
 
         Raises ProtocolError for a filter that none is.
         """
-        check_filter(topic)
-        self._filters.setdefault(topic, qos)
-        if self._session is not None and self._session.alive:
-            self._session.subscribe(topic, qos)
+        if qos not in (0, 1, 2):
+            raise ValueError(f"qos is 0, 1 or 2, not {qos!r}")
+        for one in _checked(topic):
+            self._filters.setdefault(one, qos)
+            if self._session is not None and self._session.alive:
+                self._session.subscribe(one, qos)
 
     def run_forever(self, *, drain: float = 10.0) -> None:
         """Processes messages until `disconnect` is called or, in the main thread, SIGINT or SIGTERM
@@ -284,11 +284,11 @@ class TESAIoTMQTTClient:
         self._runner = threading.current_thread()
         flush = 0.0
         try:
-            if self._session is None or not self._session.alive:
-                self.connect()
-            session = self._session
-            assert session is not None
             with _stopping_on_signals(lambda: self._stop(drain)):
+                if self._session is None or not self._session.alive:
+                    self.connect()
+                session = self._session
+                assert session is not None
                 self._process(session, self._mailbox)
             flush = 1.0
         except Refused:
@@ -389,6 +389,14 @@ class TESAIoTMQTTClient:
         return True
 
 
+def _checked(topic: str | Sequence[str]) -> Sequence[str]:
+    """Raises ProtocolError."""
+    filters = (topic,) if isinstance(topic, str) else tuple(topic)
+    for one in filters:
+        check_filter(one)
+    return filters
+
+
 def _wait(future: Future[Any]) -> Any:
     """Its result, None when it was cancelled. On Windows a wait without an end could not be
     interrupted by a signal."""
@@ -411,8 +419,12 @@ def _stopping_on_signals(stop: Callable[[], bool]) -> Iterator[None]:
         yield
         return
 
-    def handler(_number: int, _frame: Any) -> None:
-        if not stop():
+    again = SecondSignal()
+
+    def handler(number: int, _frame: Any) -> None:
+        if stop():
+            again.first(number)
+        elif again.counts(number):
             raise KeyboardInterrupt
 
     before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

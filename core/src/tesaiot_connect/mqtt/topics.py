@@ -12,7 +12,8 @@ from .reasons import R
 def check_topic(topic: str) -> None:
     """Raises ProtocolError unless `topic` may be published to (MQTT 5 section 4.7.3)."""
     if not topic or "+" in topic or "#" in topic or "\0" in topic:
-        raise ProtocolError(f"invalid topic name {topic!r}", reason_code=R.TOPIC_NAME_INVALID)
+        why = ": + and # are for subscriptions" if "+" in topic or "#" in topic else ""
+        raise ProtocolError(f"invalid topic name {topic!r}{why}", reason_code=R.TOPIC_NAME_INVALID)
     if len(topic) > 16383 and len(topic.encode()) > 65535:
         raise ProtocolError("a topic name is longer than 65535 bytes", reason_code=R.TOPIC_NAME_INVALID)
 

@@ -85,9 +85,10 @@ class InOrder:
         if all(isinstance(error, Refused) and error.permanent for error in errors):
             assert isinstance(errors[0], Refused)
             return errors[0]
-        reasons = "; ".join(
-            f"({number}) {attempt.endpoint}: {_what(attempt.error)}"
-            for number, attempt in enumerate(self.attempts, 1)
+        whats = [(attempt.endpoint, _what(attempt.error)) for attempt in self.attempts]
+        reasons = "; ".join(  # most name their endpoint themselves
+            f"({number}) {what if what.startswith(endpoint) else f'{endpoint}: {what}'}"
+            for number, (endpoint, what) in enumerate(whats, 1)
         )
         fixes = dict.fromkeys(f for error in errors if (f := getattr(error, "fix", "")))
         failure = ConnectFailed(f"no endpoint gave a connection: {reasons}", fix="; ".join(fixes))

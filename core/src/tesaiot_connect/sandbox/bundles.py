@@ -58,7 +58,15 @@ def _config(urls: Urls, first: str, auth: dict[str, Any], **more: Any) -> str:
 
 
 def _env(names: Sequence[str], values: Sequence[str]) -> str:
-    return "".join(f"{name}={value}\n" for name, value in zip(names, values, strict=True))
+    return "".join(f"{name}={_quoted(value)}\n" for name, value in zip(names, values, strict=True))
+
+
+def _quoted(value: str) -> str:
+    """As `.env` files have it where a value holds what ends it, or begins a comment there."""
+    if value.startswith("<") or not set(value) & set(" \t#'\"\\"):
+        return value
+    escaped = value.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
 
 
 # --- a device's ---------------------------------------------------------------------------

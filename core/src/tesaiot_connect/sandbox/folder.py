@@ -34,6 +34,8 @@ from .files import damaged, read, write
 _ORGANISATION = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 _DEVICE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}\Z")
 """It is a folder, a level of a topic, and a name in certificate and password file."""
+_OWN = {"sandbox.lock", "ca", "organisations.toml"}
+"""One of them is in every folder that the sandbox has begun."""
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?\Z")
 
 
@@ -114,13 +116,9 @@ def prepare(options: SandboxOptions, catalog: Catalog, stop: threading.Event | N
     Raises ConnectorError, naming the file; also when `stop` is set before everything is there.
     """
     folder = options.folder.absolute()
+    check_own(folder)
     _check(options, folder)
     platform = folder / "platform.toml"
-    if not (read(platform) or _TITLE).startswith(_TITLE):
-        raise ConnectorError(
-            f"{platform} is not the sandbox's, which would write its own there",
-            fix="give the sandbox a folder of its own",
-        )
     ways, certificates, missing = _possible(catalog)
     authority = Authority(folder / "ca")
     names = ["localhost", "127.0.0.1", "::1"]
@@ -157,6 +155,25 @@ def prepare(options: SandboxOptions, catalog: Catalog, stop: threading.Event | N
         certificates=certificates,
         missing=missing,
     )
+
+
+def check_own(folder: Path) -> None:
+    """Raises ConnectorError where the folder holds what is not the sandbox's."""
+    fix = "give the sandbox a folder of its own"
+    platform = folder / "platform.toml"
+    written = read(platform)
+    if written is not None:
+        if not written.startswith(_TITLE):
+            raise ConnectorError(f"{platform} is not the sandbox's, which would write its own there", fix=fix)
+        return
+    try:
+        there = {one.name for one in folder.iterdir()}
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConnectorError(f"{folder} cannot be used: {error.strerror or error}", fix=fix) from error
+    if there and not there & _OWN:
+        raise ConnectorError(f"{folder} holds other things, such as {min(there)}", fix=fix)
 
 
 def _check(options: SandboxOptions, folder: Path) -> None:

@@ -23,7 +23,7 @@ from ..protocols import Url
 from ..server import Broker
 from .bundles import write_bundles
 from .files import alone
-from .folder import Estate, SandboxOptions, prepare
+from .folder import Estate, SandboxOptions, check_own, prepare
 from .routing import Routing
 from .simulated import simulate
 
@@ -52,6 +52,7 @@ class Sandbox:
 def initialise(options: SandboxOptions, catalog: Catalog | None = None) -> tuple[Estate, Mapping[str, str]]:
     """Write everything, start nothing. The bundles name the ports of the options, the platform's
     own instead of 0. Raises ConnectorError."""
+    check_own(options.folder.absolute())
     with alone(options.folder.absolute()):
         estate = prepare(options, catalog or load_catalog())
         urls = {
@@ -68,6 +69,7 @@ async def running(
 ) -> AsyncIterator[Sandbox]:
     """While open, the platform's stand-in runs. Raises ConnectorError."""
     catalog = catalog or load_catalog()
+    check_own(options.folder.absolute())
     async with AsyncExitStack() as stack:
         stack.enter_context(alone(options.folder.absolute()))
         estate = await _prepared(options, catalog)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Any, cast
 
-from ..errors import Disconnected, Refused
+from ..errors import ConnectorError, Disconnected, Refused
 from ..message import Message
 from ..mqtt.events import (
     Acknowledged,
@@ -325,12 +325,12 @@ class ClientConnection:
                 answer = await self._authenticator.begin(self.peer, credentials)
             else:
                 answer = await challenge.respond(credentials.data or b"")
-        except Refused as error:
-            log.info("client at %s was refused: %s", self.peer.address, error.what)
+        except Exception as error:  # noqa: BLE001 - an authenticator of anybody's
+            refused = _refused(error, self.peer)
             if again:
-                self._lose(error.reason_code, error.what)
+                self._lose(refused.reason_code, refused.what)
             else:
-                self._engine.refuse(error.reason_code, text=error.what)
+                self._engine.refuse(refused.reason_code, text=refused.what)
                 self._flush()
             return
         if hasattr(answer, "respond"):
@@ -505,6 +505,17 @@ class ClientConnection:
             )
         if event is not None:
             self._closed.set()
+
+
+def _refused(error: Exception, peer: Peer) -> Refused:
+    """What a client is told that could not be authenticated; the log is told more."""
+    if isinstance(error, Refused):
+        log.info("client at %s was refused: %s", peer.address, error.what)
+        return error
+    known = isinstance(error, ConnectorError)
+    shown = error if known else type(error).__name__
+    log.error("client at %s cannot be authenticated: %s", peer.address, shown, exc_info=not known)
+    return Refused("it cannot be decided now who this is", reason_code=R.SERVER_UNAVAILABLE)
 
 
 def _how(connection: Connection) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import sqlite3
 import threading
@@ -267,6 +268,8 @@ _FIXES = {
 def _open(path: str, synchronous: str) -> tuple[sqlite3.Connection, Rows]:
     if not Path(path).parent.is_dir():
         raise sqlite3.OperationalError(f"there is no folder {Path(path).parent}")
+    with contextlib.suppress(OSError):  # it is there already, or SQLite will say what is wrong
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))  # it holds what is its clients'
     database = sqlite3.connect(path, timeout=2.0, isolation_level=None, check_same_thread=False)
     try:
         database.execute("PRAGMA locking_mode = EXCLUSIVE")

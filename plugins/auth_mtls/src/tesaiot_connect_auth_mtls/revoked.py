@@ -48,6 +48,8 @@ class Revoked:
             self._seen = now
             self._serials, self._fingerprints = read_revoked(file)
         except (OSError, ValueError) as error:
+            if isinstance(error, OSError):  # it may pass without a change of the file
+                self._seen = None
             reason = getattr(error, "strerror", None) or str(error)
             if reason != self._said:
                 self._said = reason

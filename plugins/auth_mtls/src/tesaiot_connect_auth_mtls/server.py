@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _NOT_AUTHORIZED = 0x87
 _UNAVAILABLE = 0x88
 _FORBIDDEN = frozenset("/+#*{}")
+_HOLDERS = "token:"
+"""How the names of those begin who hold a token: rules tell them by it."""
 _LONGEST = 256
 
 
@@ -82,6 +84,8 @@ class CertificateAuth:
         try:
             found = x509.load_der_x509_certificate(peer.certificate)
             name = _only(_names(found, self.principal), _KINDS[self.principal])
+            if name.lower().startswith(_HOLDERS):
+                raise ValueError(f"its {_KINDS[self.principal]} {name[:80]!a} names the holder of a token")
             if self.organisation == "none":
                 organisation = None
             else:

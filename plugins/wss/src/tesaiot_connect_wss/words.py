@@ -69,9 +69,9 @@ def refused(place: str, status: int, phrase: str, location: str, body: bytes) ->
     else:
         said, fix = _REFUSALS.get(status, ("it refuses the upgrade", "see the log of the server"))
         said = f"{said} ({status}{f' {phrase}' if phrase else ''})"
-    line = " ".join(bytes(body[:300]).decode(errors="replace").split())[:120]
+    line = " ".join(bytes(body[:300]).decode(errors="replace").split())[:120].rstrip(".")
     if line and "<" not in line:
-        said += f", and says: {line}"
+        said += f"; it says: {line}"
     return ConnectFailed(f"{place}: {said}", fix=fix)
 
 
