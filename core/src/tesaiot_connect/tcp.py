@@ -281,7 +281,7 @@ async def connect(
                 again = partial(tunnel, Progress())
             else:
                 sock = await dial(recipe, progress, recipe.url.host, recipe.port, where)
-                again = partial(open_socket, recipe, (sock.family, sock.getpeername()))
+                again = _again(recipe, sock)
             progress.stage = handshake
             made = protocol()
             try:
@@ -296,6 +296,14 @@ async def connect(
             f"{where} gave no connection within {recipe.connect_timeout:g} s: {what}", fix=fix
         ) from error
     raise await _tls_failure(recipe, rejected, again, not_tls) from rejected
+
+
+def _again(recipe: TcpRecipe, sock: socket.socket) -> Callable[[], Awaitable[socket.socket]]:
+    """Another socket to where this one went, as far as it still tells: the peer may have left already."""
+    try:
+        return partial(open_socket, recipe, (sock.family, sock.getpeername()))
+    except OSError:
+        return partial(dial, recipe, Progress(), recipe.url.host, recipe.port, place(recipe))
 
 
 def silent(recipe: TcpRecipe) -> Disconnected:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 import ssl
+import struct
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from tesaiot_connect import (
     ServerTls,
     TlsOptions,
     Url,
+    tcp,
 )
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_tcp_tls import TcpTls
@@ -119,6 +121,35 @@ def test_plain_is_plain(run: Run) -> None:
             peer = await works(TcpTls(Url.parse(url)))
             assert (peer.secure, peer.certificate, peer.transport) == (False, None, "tcp_tls")
             assert peer.address == url.removeprefix("mqtt://")
+
+    run(main())
+
+
+@pytest.mark.parametrize("scheme", ["mqtt", "mqtts"])
+def test_a_peer_that_leaves_at_once(run: Run, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """Its reset is here before anybody looks at the socket, as when a broker that restarts is asked."""
+    opened = tcp.open_socket
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+
+            async def open_socket(*where: Any) -> socket.socket:
+                sock = await opened(*where)
+                left = server.accept()[0]
+                left.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                left.close()
+                while True:
+                    try:
+                        sock.getpeername()
+                    except OSError:
+                        return sock
+                    await asyncio.sleep(0)
+
+            monkeypatch.setattr(tcp, "open_socket", open_socket)
+            transport = TcpTls(Url.parse(f"{scheme}://127.0.0.1:{server.getsockname()[1]}"))
+            with pytest.raises(Disconnected, match=r"reset|closed|left"):
+                connection = await transport.connect()
+                await (await connection.open_stream()).receive()
 
     run(main())
 
