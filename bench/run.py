@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from drop_in.cases import rows as drop_in_rows
+from negotiation.cases import rows as negotiation_rows
 from quic.cases import rows as quic_rows
 from ws.cases import rows as ws_rows
 
@@ -381,7 +382,7 @@ def main() -> int:
             if arguments.only in case.name:
                 rows.append(measured(case, peaks, progress))
                 print(("\r\x1b[K" if progress else "") + show(rows[-1]), flush=True)
-        for more in (quic_rows, ws_rows, drop_in_rows):
+        for more in (quic_rows, ws_rows, drop_in_rows, negotiation_rows):
             for one in more(folder, repetitions, scale, arguments.only, pin):
                 rows.append(one)
                 print(show(one), flush=True)

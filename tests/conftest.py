@@ -1,4 +1,4 @@
-"""Fixtures for tests across packages: real brokers and certificates."""
+"""Fixtures for tests across packages: real brokers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,6 @@ from pathlib import Path
 
 import pytest
 from real_brokers import Mosquitto
-
-from tesaiot_connect.testing import Certificates
-
-
-@pytest.fixture(scope="session")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("authority"))
 
 
 @pytest.fixture(scope="session")

@@ -28,9 +28,9 @@ from tesaiot_connect import (
     Disconnected,
     Duration,
     FirstOf,
-    InOrder,
     ListenerSpec,
     Message,
+    Negotiator,
     PartialDelivery,
     Refused,
     Secret,
@@ -91,7 +91,7 @@ class Lab:
             yield f"mqtts://localhost:{Url.parse(url).port}"
 
     def client(self, url: str, auth: AuthMtls | None, name: str = "one") -> Client:
-        dialer = InOrder([TcpTls(url=Url.parse(url), tls=self.trust)])
+        dialer = Negotiator([TcpTls(url=Url.parse(url), tls=self.trust)])
         again = Backoff(min=Duration(0.01), max=Duration(0.05))
         return Client(dialer, ClientOptions(client_id=name, reconnect=again), auth=auth, name=name)
 
@@ -313,7 +313,7 @@ def test_quic_says_where_client_certificates_work(lab: Lab) -> None:
         with pytest.raises(Unsupported, match=r"client certificates are not available over QUIC.*mqtts://"):
             await endpoint.connect(identity=await auth.identity())
         async with lab.broker() as url:
-            dialer = InOrder([endpoint, TcpTls(url=Url.parse(url), tls=lab.trust)])
+            dialer = Negotiator([endpoint, TcpTls(url=Url.parse(url), tls=lab.trust)])
             async with Client(dialer, ClientOptions(), auth=auth) as client:
                 await client.connected()
                 assert client.status.transport == "tcp_tls"

@@ -93,6 +93,40 @@ def test_the_pipelines_example(broker_port: int, tmp_path: Path) -> None:
     assert '"device_id":"d1"' in (tmp_path / "telemetry.jsonl").read_text()
 
 
+@pytest.mark.parametrize("udp", ["open", "closed"])
+def test_the_endpoints_example(udp: str, tmp_path: Path, certificates: Certificates) -> None:
+    own, log = certificates.server("localhost"), tmp_path / "broker.log"
+    command = [TOOL, "serve", EXAMPLES / "quic-broker.toml"]
+    for name in ("quic", "tls"):
+        command += ["--set", f"listeners.{name}.port=0"]
+        command += ["--set", f"listeners.{name}.server_tls.certificate={own.certificate}"]
+        command += ["--set", f"listeners.{name}.server_tls.key={own.key}"]
+    with log.open("wb") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
+        try:
+            quic, tls = (
+                logged(rf"listener {name} on \w+://127.0.0.1:(\d+)\n", log, process)
+                for name in ("quic", "tls")
+            )
+            urls = f"quic://localhost:{quic if udp == 'open' else free_port()}", f"mqtts://localhost:{tls}"
+            program = [sys.executable, EXAMPLES / "embedding" / "endpoints.py", *urls, certificates.ca_file]
+            done = subprocess.run(program, capture_output=True, text=True, timeout=60, check=False)
+        finally:
+            stop(process)
+    assert done.returncode == 0, done.stderr
+    states = ("connecting", "connected", "closed")
+    lines = [line.rstrip("; ") for line in done.stdout.splitlines()]
+    used = next(line.partition(" ")[2] for line in lines if line.startswith("connected "))
+    assert used in (urls if udp == "open" else urls[1:])
+    assert [line for line in lines if line.startswith(states)] == [
+        "connecting",
+        f"connected {used}",
+        "closed",
+    ]
+    attempts = [line.split("; ")[:2] for line in lines if not line.startswith(states)]
+    assert ["won", used] in attempts
+    assert udp == "open" or attempts[0][0] in ("lost", "failed")
+
+
 def readme_pipeline() -> str:
     (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     assert isinstance(block, str)

@@ -25,7 +25,7 @@ from tesaiot_connect import (
     Credentials,
     Disconnected,
     Duration,
-    InOrder,
+    Negotiator,
     Refused,
     Url,
     WillOptions,
@@ -141,7 +141,7 @@ def failure(answer: bytes, **options: Any) -> Disconnected:
 
     async def main() -> Disconnected:
         async with asyncio.timeout(20), answering(answer) as port:
-            dialer = InOrder([TcpTls(url=Url.parse(f"mqtt://127.0.0.1:{port}"))])
+            dialer = Negotiator([TcpTls(url=Url.parse(f"mqtt://127.0.0.1:{port}"))])
             slow = Backoff(min=Duration(600), max=Duration(600))
             settings = ClientOptions(**{"client_id": "dev-1", "reconnect": slow, **options})
             async with Client(dialer, settings, auth=auth) as client:

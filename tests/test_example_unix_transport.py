@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import socket
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loops import LOOPS
 
 from tesaiot_connect.protocols import Url
 from tesaiot_connect.testing import TransportCheck, transport_checks
@@ -20,14 +20,6 @@ EXAMPLE = Path(__file__).parents[1] / "docs/examples/unix-transport"
 
 if not hasattr(socket, "AF_UNIX"):
     pytest.skip("this system has no Unix domain sockets", allow_module_level=True)
-
-LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
-try:
-    import uvloop
-except ImportError:
-    pass
-else:
-    LOOPS.append(pytest.param(uvloop.new_event_loop, id="uvloop"))
 
 
 @pytest.fixture

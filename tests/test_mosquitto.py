@@ -16,7 +16,7 @@ from tesaiot_connect.client import Client, ClientOptions
 from tesaiot_connect.errors import ConnectorError, Refused
 from tesaiot_connect.message import Message, Properties
 from tesaiot_connect.mqtt.packets import Subscription
-from tesaiot_connect.negotiation import InOrder
+from tesaiot_connect.negotiation import Negotiator
 from tesaiot_connect.protocols import Auth, ClientCertificate, Credentials, Duration, Reader, Url
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect.tls import TlsOptions
@@ -66,7 +66,7 @@ def client(
 ) -> Client:
     transport = TcpTls(url=Url.parse(url), tls=tls or TlsOptions())
     settings = ClientOptions(client_id=client_id, protocol=version, reconnect=SOON, **options)  # type: ignore[arg-type]
-    return Client(InOrder([transport]), settings, auth=auth)
+    return Client(Negotiator([transport]), settings, auth=auth)
 
 
 async def read(reader: Reader, count: int) -> list[Message]:

@@ -8,10 +8,20 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import paho.mqtt.client as paho
 import pytest
 
-from tesaiot_connect import ClientCertificate, CloseReason, ConnectFailed, Connection, Disconnected
-from tesaiot_connect.paho import bridge as module
+from tesaiot_connect import (
+    ClientCertificate,
+    CloseReason,
+    ConnectFailed,
+    Connection,
+    ConnectorError,
+    Dialed,
+    Disconnected,
+    PathLost,
+)
+from tesaiot_connect.paho import bridge as module, drop_in
 from tesaiot_connect.paho.bridge import CHUNK, Bridge
 
 BOUND = 1024 * 1024
@@ -206,3 +216,60 @@ def test_a_failure_leaves_nothing_behind() -> None:
         bridge.open()
     assert not [thread for thread in threading.enumerate() if thread.name == "tesaiot-paho"]
     bridge.leave()
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_path_that_went_silent_is_told_to_a_dialer_that_negotiates(lost: bool) -> None:
+    class Negotiating(FakeConnection):
+        told: list[tuple[Dialed, ConnectorError]]
+
+        async def dial(self, **how: Any) -> Dialed:
+            self.told = []
+            return Dialed(await self.connect(**how), "fake://")
+
+        async def better(self, than: Dialed, **how: Any) -> Dialed:
+            raise AssertionError("whoever carries bytes cannot move")
+
+        def better_after(self, than: Dialed) -> float | None:
+            raise AssertionError
+
+        def lost(self, dialed: Dialed, error: ConnectorError) -> None:
+            self.told.append((dialed, error))
+
+    error = PathLost("nothing came for 5 s") if lost else Disconnected("it was reset")
+
+    class Silent(FakeStream):
+        async def receive(self, max_bytes: int = 65536, /) -> bytes:
+            await self.broken.wait()
+            raise error
+
+    stream = Silent()
+    connection = Negotiating(stream)
+    bridge = Bridge(connection, None, 60)
+    sock = bridge.open()
+    bridge._portal.call(in_loop(stream.broken.set))
+    sock.settimeout(20)
+    assert sock.recv(1) == b""
+    sock.close()
+    bridge.leave()
+    assert connection.closed.wait(20)
+    assert [(dialed.endpoint, error.what) for dialed, error in connection.told] == (
+        [("fake://", error.what)] if lost else []
+    )
+
+
+def test_a_reconnect_remembers_which_paths_were_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    dialers: list[Any] = []
+
+    class Nowhere(Bridge):
+        def open(self) -> socket.socket:
+            dialers.append(self._dialer)
+            raise ConnectFailed("nobody is there")
+
+    monkeypatch.setattr(drop_in, "Bridge", Nowhere)
+    client = drop_in.Client(paho.CallbackAPIVersion.VERSION2)
+    for urls in (["mqtt://a", "mqtt://b"], ["mqtt://a", "mqtt://b"], ["mqtt://a"]):
+        with pytest.raises(OSError, match="nobody"):
+            client.connect(urls)
+    assert dialers[0] is dialers[1]
+    assert dialers[1] is not dialers[2]

@@ -31,8 +31,8 @@ from tesaiot_connect import (
     BrokerOptions,
     Client,
     ClientOptions,
-    InOrder,
     Message,
+    Negotiator,
     Size,
     Subscription,
     TlsOptions,
@@ -209,7 +209,7 @@ def run(main: Awaitable[None]) -> None:
 async def round_trip(transport: QuicAioquic, options: ClientOptions, payloads: list[bytes], qos: int) -> None:
     """One client sends to itself."""
     topic = f"ours/{uuid4()}"
-    async with Client(InOrder([transport]), options) as client:
+    async with Client(Negotiator([transport]), options) as client:
         await client.connected()
         async with client.subscribe([Subscription(topic, qos=2)]) as reader:
             reading = asyncio.create_task(reader.read())

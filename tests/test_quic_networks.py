@@ -22,6 +22,7 @@ from tesaiot_connect import (
     Disconnected,
     Duration,
     Message,
+    PathLost,
     Reader,
 )
 from tesaiot_connect.testing import Certificates
@@ -219,7 +220,7 @@ def test_three_seconds_without_udp(moved: Moved) -> None:
         moved.check(client)
         assert dialer.connections[0].status().migrations == 0
 
-    moved.run(test)
+    moved.run(test, path_timeout=30.0)
 
 
 def test_a_lost_packet_after_a_long_rest_is_not_a_dead_path(moved: Moved) -> None:
@@ -256,6 +257,7 @@ def test_a_path_that_is_gone_is_noticed(moved: Moved) -> None:
             began = loop.time()
             error = await ending
             assert loop.time() - began < 10
+            assert isinstance(error, PathLost)
             assert "has not answered for 1 s" in error.what
             assert "UDP is blocked" in error.fix
             await apart(moved.lab.heal)
@@ -288,6 +290,7 @@ def test_refusals_end_a_connection_that_had_worked(moved: Moved) -> None:
             async with asyncio.timeout(8):
                 error = await ending
             assert "nothing listens any more" in error.what
+            assert not isinstance(error, PathLost)  # the next attempt hears it at once
             await apart(moved.lab.heal)
 
         await moved.publish(client, 4000, refused)
@@ -295,6 +298,48 @@ def test_refusals_end_a_connection_that_had_worked(moved: Moved) -> None:
         assert client.status.connects == 2
 
     moved.run(test, path_timeout=60.0, keepalive=1.0)
+
+
+def test_what_the_system_says_of_a_lost_path(moved: Moved) -> None:
+    """A router's word is no reason to give up before the time: networks find other ways."""
+
+    async def test(client: Client, dialer: Keeping) -> None:
+        (connection,) = dialer.connections
+        ending = asyncio.create_task(why_it_ended(connection))
+
+        async def prohibited() -> None:
+            await apart(moved.lab._rule, f"udp dport {PORT} reject with icmp admin-prohibited")
+            error = await ending
+            assert isinstance(error, PathLost)
+            assert "the system says: No route to host" in error.what
+            await apart(moved.lab.heal)
+
+        await moved.publish(client, 4000, prohibited)
+        assert moved.served.seen == set(range(moved.sent))
+
+    moved.run(test, path_timeout=2.0, keepalive=1.0)
+
+
+def test_a_client_that_only_listens_leaves_a_dead_path(moved: Moved) -> None:
+    """It was busy lately, so it asks long before its keepalive."""
+
+    async def test(client: Client, dialer: Keeping) -> None:
+        loop = asyncio.get_running_loop()
+        (connection,) = dialer.connections
+        async with client.subscribe(["to/me"]) as reader:
+            reading = asyncio.create_task(reader.read())
+            while not reading.done():
+                await client.publish([Message("to/me", b"first", qos=1)])
+                await asyncio.wait([reading], timeout=0.05)
+            await (await reading).ack()
+            await apart(moved.lab.drop_udp, PORT)
+            await connection.wait_closed()
+            silence = loop.time() - connection.status().last_received
+            assert 2 <= silence < 20
+            await apart(moved.lab.heal)
+            await until(lambda: client.status.connects == 2)
+
+    moved.run(test, path_timeout=2.0, keepalive=60.0, idle_timeout=60.0)
 
 
 # --- path MTU
@@ -365,6 +410,7 @@ def test_a_path_that_becomes_too_narrow_for_quic(moved: Moved) -> None:
             await client.publish([Message(TOPIC, b"%-*d" % (5000, -2))])
             await asyncio.wait([ending], timeout=0.01)
         error = await ending
+        assert isinstance(error, PathLost)
         assert "has not answered for 1 s" in error.what
         assert "packets of 1228 bytes, and this one takes 1100" in error.what
 

@@ -27,9 +27,9 @@ from tesaiot_connect import (
     Client,
     ClientOptions,
     Duration,
-    InOrder,
     ListenerSpec,
     Message,
+    Negotiator,
     ServerTls,
     Size,
     Url,
@@ -111,7 +111,7 @@ def test_a_large_message_arrives_whole(folder: Path, certificates: Certificates)
     payload = bytes(range(251)) * (BIG // 251)
 
     async def main(tcp: str, url: str) -> None:
-        subscriber = Client(InOrder([TcpTls(Url.parse(tcp))]), ClientOptions())
+        subscriber = Client(Negotiator([TcpTls(Url.parse(tcp))]), ClientOptions())
         async with dialogue("large", client(url, certificates), subscriber) as both:
             (message,) = await both.there_and_back([Message("large", payload, qos=1)])
             assert message.payload == payload

@@ -259,11 +259,11 @@ def connect(folder: Path, repetitions: int, only: str) -> Iterator[Row]:
 
 async def latencies(count: int, ready: Callable[[], None]) -> list[float]:
     """Of `count` messages, as a subscriber beside the broker gets them, in ms."""
-    from tesaiot_connect import Client, ClientOptions, InOrder, Url
+    from tesaiot_connect import Client, ClientOptions, Negotiator, Url
     from tesaiot_connect_tcp_tls import TcpTls
 
     found: list[float] = []
-    endpoint = InOrder([TcpTls(Url("mqtt", "127.0.0.1", 1883))])
+    endpoint = Negotiator([TcpTls(Url("mqtt", "127.0.0.1", 1883))])
     async with Client(endpoint, ClientOptions()) as subscriber:
         async with subscriber.subscribe(["bench/load/#"]) as reader:
             reading = asyncio.create_task(reader.read())

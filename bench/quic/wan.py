@@ -18,7 +18,7 @@ from pathlib import Path
 
 import attrs
 
-from tesaiot_connect import Client, ClientOptions, InOrder, Message, TlsOptions, Transport, Url
+from tesaiot_connect import Client, ClientOptions, Message, Negotiator, TlsOptions, Transport, Url
 from tesaiot_connect_quic_aioquic import QuicAioquic
 from tesaiot_connect_tcp_tls import TcpTls
 
@@ -26,7 +26,7 @@ from tesaiot_connect_tcp_tls import TcpTls
 async def dial(transport: Transport, *, early_publish: bool) -> tuple[float, float]:
     options = ClientOptions(client_id="bench", clean_session=True, early_publish=early_publish)
     began = time.monotonic()
-    async with Client(InOrder([transport]), options) as client:
+    async with Client(Negotiator([transport]), options) as client:
         publishing = asyncio.create_task(client.publish([Message("bench/first", b"1", qos=1)]))
         await client.connected()
         accepted = time.monotonic()
@@ -66,7 +66,7 @@ async def stream(kind: str, host: str, port: int, ca: Path, seconds: float, rate
         max_streams=min(topics, 16),
     )
     count = int(seconds * rate)
-    async with Client(InOrder([transport]), options) as client:
+    async with Client(Negotiator([transport]), options) as client:
         await client.connected()
         pending: set[asyncio.Task[None]] = set()
         began = time.monotonic()

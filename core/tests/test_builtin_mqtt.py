@@ -16,7 +16,7 @@ from tesaiot_connect.client import Client, ClientOptions, MqttConnection
 from tesaiot_connect.errors import Disconnected
 from tesaiot_connect.message import Batch, Message, Properties, Record
 from tesaiot_connect.mqtt.packets import Subscription
-from tesaiot_connect.negotiation import InOrder
+from tesaiot_connect.negotiation import Negotiator
 from tesaiot_connect.pipeline import PipelineSpec, SinkSpec, SourceSpec
 from tesaiot_connect.protocols import Duration, Size
 from tesaiot_connect.runner import Summary, run
@@ -35,12 +35,12 @@ async def broker() -> AsyncIterator[Network]:
 
 def connection(network: Network, client_id: str, *, drop_after: int = 0, **options: Any) -> MqttConnection:
     transport = network.transport()
-    dialer = InOrder([Faulty(transport, drop_after=drop_after) if drop_after else transport])
+    dialer = Negotiator([Faulty(transport, drop_after=drop_after) if drop_after else transport])
     return MqttConnection(client_id, dialer, ClientOptions(client_id=client_id, reconnect=FAST, **options))
 
 
 def client(network: Network, client_id: str) -> Client:
-    return Client(InOrder([network.transport()]), ClientOptions(client_id=client_id, reconnect=FAST))
+    return Client(Negotiator([network.transport()]), ClientOptions(client_id=client_id, reconnect=FAST))
 
 
 def source(network: Network, *filters: str, **options: Any) -> SourceSpec:

@@ -244,6 +244,7 @@ def test_a_secret_of_the_environment_is_the_value(make: Make) -> None:
         ({"transport": "websocket", "port": None}, ["wss://tesaiot.com:8085/mqtt"]),
         ({"transport": "ws", "port": 443, "path": "broker"}, ["wss://tesaiot.com:443/broker"]),
         ({"transport": "wss", "port": 443, "path": "/a/b"}, ["wss://tesaiot.com:443/a/b"]),
+        ({"transport": "wss", "port": 443, "path": "/a?k=v"}, ["wss://tesaiot.com:443/a?k=v"]),
         ({"transport": "ws", "port": 80, "tls": {"enabled": False}}, ["ws://tesaiot.com:80/mqtt"]),
         ({"transport": None, "port": 8883}, ["mqtts://tesaiot.com:8883"]),
         ({"transport": None, "protocol": "wss", "port": 1}, ["wss://tesaiot.com:1/mqtt"]),
@@ -316,6 +317,9 @@ def test_another_type_of_login_takes_what_the_bundle_has_for_it(make: Make) -> N
     made = bundle_connection(folder, overrides=["auth.type=mtls"], environ=NOTHING, catalog=CATALOG)
     assert made.auth == Mtls(certificate=folder / "client.pem", key=folder / "client.key")
     assert [one.url.scheme for one in made.dialer.endpoints] == ["mqtts"]  # type: ignore[attr-defined]
+    (barred,) = made.dialer.left_out  # type: ignore[attr-defined]
+    assert barred.endpoint.startswith("quic://"), "check, doctor and the status tell it"
+    assert (barred.outcome, barred.reason) == ("left out", "QUIC takes no client certificate here")
     own = ['auth={type="mtls", pkcs12="/own.p12"}']
     made = bundle_connection(make(), overrides=own, environ=NOTHING, catalog=CATALOG)
     assert made.auth == Mtls(pkcs12=Path("/own.p12"))

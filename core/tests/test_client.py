@@ -16,7 +16,7 @@ from tesaiot_connect.client import Client, ClientOptions, MqttConnection, WillOp
 from tesaiot_connect.errors import Disconnected, PartialDelivery, PublishRefused, Refused
 from tesaiot_connect.message import Message
 from tesaiot_connect.mqtt.packets import Subscription
-from tesaiot_connect.negotiation import InOrder
+from tesaiot_connect.negotiation import Negotiator
 from tesaiot_connect.protocols import Credentials, Duration, Peer, Principal
 from tesaiot_connect.server import Anybody, Broker, BrokerOptions, ListenerSpec
 from tesaiot_connect.testing import Faulty, Network
@@ -43,7 +43,7 @@ async def broker(
 
 def client(network: Network, client_id: str = "", *, faults: Faulty | None = None, **options: Any) -> Client:
     options.setdefault("reconnect", FAST)
-    dialer = InOrder([faults or network.transport()])
+    dialer = Negotiator([faults or network.transport()])
     return Client(dialer, ClientOptions(client_id=client_id, **options))
 
 
@@ -214,7 +214,7 @@ def test_sources_of_one_connection_share_a_client(protocol: str) -> None:
         async with broker(network) as server:
             connection = MqttConnection(
                 "shared",
-                InOrder([network.transport()]),
+                Negotiator([network.transport()]),
                 ClientOptions(client_id="one", protocol=protocol, reconnect=FAST),  # type: ignore[arg-type]
             )
             async with (
@@ -322,11 +322,11 @@ def test_a_refusal_names_where_the_credentials_are_set(protocol: str) -> None:
         network = Network()
         options = ClientOptions(protocol=protocol, reconnect=FAST)  # type: ignore[arg-type]
         async with broker(network, authenticator=Doorman()):
-            async with Client(InOrder([network.transport()]), options, auth=Password(b"wrong")) as refused:
+            async with Client(Negotiator([network.transport()]), options, auth=Password(b"wrong")) as refused:
                 with pytest.raises(Refused, match=r"connections\.x\.auth\.password") as caught:
                     await refused.connected()
                 assert caught.value.permanent
-            async with Client(InOrder([network.transport()]), options, auth=Password(b"right")) as allowed:
+            async with Client(Negotiator([network.transport()]), options, auth=Password(b"right")) as allowed:
                 await allowed.connected()
 
     run(main())
@@ -337,7 +337,7 @@ def test_a_refusal_without_an_origin_names_the_connection() -> None:
         network = Network()
         auth = attrs.evolve(Password(b"wrong"), origin="")
         async with broker(network, authenticator=Doorman()):
-            dialer = InOrder([network.transport()])
+            dialer = Negotiator([network.transport()])
             async with Client(dialer, ClientOptions(reconnect=FAST), auth=auth, name="c") as refused:
                 with pytest.raises(Refused, match="check the `auth` table of c"):
                     await refused.connected()

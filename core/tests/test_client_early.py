@@ -19,7 +19,7 @@ from tesaiot_connect.mqtt.packets import Subscription
 from tesaiot_connect.mqtt.properties import P
 from tesaiot_connect.mqtt.server import ServerEngine, ServerLimits
 from tesaiot_connect.mqtt.session import Session
-from tesaiot_connect.negotiation import InOrder
+from tesaiot_connect.negotiation import Negotiator
 from tesaiot_connect.protocols import ClientCertificate, Connection, Credentials, Duration
 from tesaiot_connect.server import Broker, BrokerOptions, ListenerSpec
 from tesaiot_connect.testing import Network
@@ -157,7 +157,7 @@ def test_connect_is_always_offered_and_sent_exactly_once(early_sent: bool, multi
 def test_the_broker_serves_clients_whose_connect_came_early() -> None:
     async def main() -> None:
         network = Network(early=True, multistream=True)
-        async with broker(network), client(InOrder([network.transport()])) as one:
+        async with broker(network), client(Negotiator([network.transport()])) as one:
             async with one.subscribe([Subscription("t", 1)]) as reader:
                 await one.connected()
                 await one.publish([Message("t", b"x", 1)])
@@ -438,12 +438,12 @@ def test_nothing_is_lost_over_connections_that_break_right_away(multistream: boo
         seen: list[bytes] = []
         async with (
             broker(network),
-            client(InOrder([network.transport()]), client_id="reader") as subscriber,
+            client(Negotiator([network.transport()]), client_id="reader") as subscriber,
             subscriber.subscribe([Subscription("t", 1)]) as reader,
         ):
             await subscriber.connected()
             async with client(
-                InOrder([network.transport()]), client_id="w", early_publish=True, streams=streams
+                Negotiator([network.transport()]), client_id="w", early_publish=True, streams=streams
             ) as one:
                 for round_ in range(20):
                     messages = [Message("t", b"%d" % (10 * round_ + n), 1) for n in range(10)]

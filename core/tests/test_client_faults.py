@@ -31,7 +31,7 @@ from tesaiot_connect.mqtt.packets import Subscription
 from tesaiot_connect.mqtt.properties import P
 from tesaiot_connect.mqtt.server import ServerEngine, ServerLimits
 from tesaiot_connect.mqtt.session import Session
-from tesaiot_connect.negotiation import InOrder
+from tesaiot_connect.negotiation import Negotiator
 from tesaiot_connect.protocols import ClientCertificate, Connection, Credentials, Duration
 from tesaiot_connect.server import Broker, BrokerOptions, ListenerSpec
 from tesaiot_connect.testing import Faulty, Network
@@ -71,7 +71,7 @@ async def broker(network: Network, options: BrokerOptions | None = None) -> Asyn
 
 def client(network: Network, client_id: str = "", **options: Any) -> Client:
     options.setdefault("reconnect", FAST)
-    return Client(InOrder([network.transport()]), ClientOptions(client_id=client_id, **options))
+    return Client(Negotiator([network.transport()]), ClientOptions(client_id=client_id, **options))
 
 
 async def take(reader: Any, count: int) -> list[bytes]:
@@ -185,7 +185,7 @@ def test_a_subscription_made_while_disconnected_reaches_a_session_that_was_kept(
         network = Network()
         faults = Faulty(network.transport())
         options = ClientOptions(client_id="c", protocol=protocol, reconnect=FAST)  # type: ignore[arg-type]
-        async with broker(network) as server, Client(InOrder([faults]), options) as one:
+        async with broker(network) as server, Client(Negotiator([faults]), options) as one:
             async with one.subscribe(["a"]):
                 await round_trip(one)
                 faults.refuse = 1_000_000
@@ -228,7 +228,7 @@ def test_a_source_that_is_opened_again_gets_what_its_predecessor_left(protocol: 
         network = Network()
         connection = MqttConnection(
             "shared",
-            InOrder([network.transport()]),
+            Negotiator([network.transport()]),
             ClientOptions(client_id="one", protocol=protocol, reconnect=FAST),  # type: ignore[arg-type]
         )
         options = BrokerOptions(max_inflight=4)
@@ -564,7 +564,7 @@ def test_an_auth_in_trouble_is_asked_again(
         network = Network()
         auth = Login(begins=[trouble, trouble, trouble], method=None)
         options = ClientOptions(connect_timeout=Duration(0.02), reconnect=FAST)
-        async with broker(network), Client(InOrder([network.transport()]), options, auth=auth) as one:
+        async with broker(network), Client(Negotiator([network.transport()]), options, auth=auth) as one:
             with pytest.raises(Disconnected):
                 await one.connected(once=True)
             # the broker has 20 ms as well, so more attempts may fail
@@ -704,6 +704,26 @@ def test_a_broker_that_says_nothing_is_left_after_the_connect_timeout() -> None:
             with pytest.raises(Disconnected, match="sent no CONNACK"):
                 await one.connected(once=True)
             await until(lambda: script.dialled > 2)
+
+    run(main)
+
+
+def test_a_broker_that_says_nothing_is_not_asked_to_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would not answer that either, and the next connection would wait for it."""
+    asked: list[PairConnection] = []
+
+    async def aclose(connection: PairConnection, *_: object) -> None:
+        asked.append(connection)
+
+    monkeypatch.setattr(PairConnection, "aclose", aclose)
+
+    async def main() -> None:
+        script = Script()
+        async with scripted_client(script, connect_timeout=Duration(0.01)) as one:
+            with pytest.raises(Disconnected, match="sent no CONNACK"):
+                await one.connected(once=True)
+            await until(lambda: script.dialled > 2)
+            assert not asked
 
     run(main)
 
@@ -862,7 +882,7 @@ def test_leaving_while_connecting(when: str) -> None:
     async def main() -> None:
         network, script = Network(), Script()
         slow = Backoff(min=Duration(1000), max=Duration(1000))
-        dialer: Any = {"dialling": Never(), "silence": script}.get(when, InOrder([network.transport()]))
+        dialer: Any = {"dialling": Never(), "silence": script}.get(when, Negotiator([network.transport()]))
         auth = Login(begins=[hang]) if when == "auth" else None
         options = ClientOptions(reconnect=slow, connect_timeout=Duration(1000))
         async with Client(dialer, options, auth=auth) as one, one.subscribe(["a"]) as reader:

@@ -15,7 +15,7 @@ from tesaiot_connect.access import Anybody
 from tesaiot_connect.backoff import Backoff
 from tesaiot_connect.client import Client, ClientOptions
 from tesaiot_connect.errors import Refused
-from tesaiot_connect.negotiation import InOrder
+from tesaiot_connect.negotiation import Negotiator
 from tesaiot_connect.protocols import Credentials, Duration, Peer, Principal, RotatingAuth
 from tesaiot_connect.server import Broker, ListenerSpec
 from tesaiot_connect.testing import Network
@@ -69,7 +69,7 @@ async def client(auth: Rotating) -> AsyncIterator[Client]:
     async with (
         asyncio.timeout(30),
         Broker().serving([ListenerSpec("pair", network.transport(), Doorman())]),
-        Client(InOrder([network.transport()]), ClientOptions(reconnect=SLOW), auth=auth, name="c") as one,
+        Client(Negotiator([network.transport()]), ClientOptions(reconnect=SLOW), auth=auth, name="c") as one,
     ):
         yield one
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import attrs
@@ -12,7 +14,8 @@ import pytest
 from tesaiot_connect import hookspecs, plugins
 from tesaiot_connect.cli import execute
 from tesaiot_connect.config import load
-from tesaiot_connect.negotiation import InOrder
+from tesaiot_connect.errors import ConfigError
+from tesaiot_connect.negotiation import Negotiator
 from tesaiot_connect.protocols import Connection, Duration, Secret, Url
 from tesaiot_connect.tls import TlsOptions
 
@@ -519,8 +522,60 @@ def test_an_endpoint_without_its_plugin_is_left_out_where_another_remains(tmp_pa
     )
     config = load(file)
     [connection] = config.connections.values()
-    assert isinstance(connection.dialer, InOrder)
+    assert isinstance(connection.dialer, Negotiator)
     assert [str(one.url) for one in connection.dialer.endpoints] == ["mqtts://broker.example:8883"]  # type: ignore[attr-defined]
     [left_out] = [one for one in config.warnings if "left out" in one.message]
     assert "pip install tesaiot-connect-quic-aioquic" in left_out.fix
     assert left_out.key.endswith("endpoints[0]")
+
+
+class Unfit:
+    """A plugin whose transport does not keep its contract."""
+
+    @staticmethod
+    @hookspecs.hookimpl
+    def tesaiot_transports() -> dict[str, Any]:
+        return {"boat": Token}
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "plugin", "package", "told"),
+    [
+        (
+            '"ferry://h"',
+            "ferry",
+            "ferry-plugin",
+            "Broken plugins (see `tesaiot-connect plugins`): ferry-plugin",
+        ),
+        ('"quic://h"', "quic_aioquic", "tesaiot-connect-quic-aioquic", "cannot be imported: ImportError"),
+        ('{ url = "mqtts://h", via = "ferry" }', "ferry", "ferry-plugin", "transport 'ferry' does not serve"),
+        ('{ url = "mqtts://h", via = "boat" }', "harbour", "harbour-plugin", "Token lacks connect"),
+    ],
+)
+def test_an_endpoint_whose_plugin_is_broken_is_left_out_where_another_remains(
+    tmp_path: Path, endpoint: str, plugin: str, package: str, told: str
+) -> None:
+    class Point:
+        name, value, group = plugin, "module", hookspecs.GROUP
+        dist = SimpleNamespace(name=package, version="1.2")
+
+        def load(self) -> Any:
+            if plugin == "harbour":
+                return Unfit
+            raise ImportError("no library")
+
+    catalog = plugins.load([FakeEntryPoint(), Point()])  # type: ignore[list-item]
+    file, good = tmp_path / "pipeline.toml", '"mqtts://broker.example:8883"'
+    file.write_text(change(good, f"{endpoint}, {good}"))
+    config = load(file, catalog=catalog)
+    [connection] = config.connections.values()
+    assert isinstance(connection.dialer, Negotiator)
+    assert len(connection.dialer.endpoints) == 1
+    [left_out] = connection.dialer.left_out
+    assert told in f"{left_out.reason}. {left_out.fix}"
+    assert [one.message for one in config.warnings if "left out" in one.message] == [
+        f"{left_out.endpoint} is left out: {left_out.reason}"
+    ]
+    file.write_text(change(good, endpoint))
+    with pytest.raises(ConfigError, match=re.escape(left_out.reason)):
+        load(file, catalog=catalog)

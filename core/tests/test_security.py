@@ -133,7 +133,7 @@ def problems(file: Path, environ: Mapping[str, str] | None = None) -> list[str]:
         ('endpoints = ["mqtt://h"]', 0),
         ('endpoints = ["ws://h"]', 0),
         ('endpoints = ["unix:///run/mqtt.sock"]', 0),
-        ('endpoints = ["mqtts://h", "mqtt://h"]', 0),
+        ('endpoints = ["ws://h", "mqtt://h"]', 0),
         ('endpoints = ["mqtts://h"]\ntls = { verify = "none", insecure = true }', 0),
         ('endpoints = ["quic://h"]\ntls = { verify = "none", insecure = true }', 0),
         ('endpoints = [{ url = "mqtts://h", tls = { verify = "none", insecure = true } }]', 0),
@@ -164,6 +164,27 @@ def test_a_policy_raises_what_is_not_set(tmp_path: Path) -> None:
         for one in dialed:
             version = one.tls.client_context().minimum_version
             assert version is (ssl.TLSVersion.TLSv1_3 if expected == "1.3" else ssl.TLSVersion.TLSv1_2)
+
+
+def test_what_the_policy_forbids_is_left_out_where_another_endpoint_keeps_it(tmp_path: Path) -> None:
+    connection = 'endpoints = [\n  "mqtt://h:1",\n  "mqtts://h:2",\n  "ws://h:3",\n]'
+    config = load(pipeline(tmp_path, connection, "ncsa-1"), environ={}, catalog=CATALOG)
+    dialer: Any = config.connections["platform"].dialer
+    assert [str(one.url) for one in dialer.endpoints] == ["mqtts://h:2"]
+    assert [(one.endpoint, one.outcome, one.fix) for one in dialer.left_out] == [
+        ("mqtt://h:1", "left out", "Use mqtts://"),
+        ("ws://h:3", "left out", "Use wss://"),
+    ]
+    assert dialer.left_out[0].reason == 'mqtt:// is not encrypted, which the policy "ncsa-1" forbids'
+    first, second = (one for one in config.warnings if "is left out" in one.message)
+    assert (first.line, first.key) == (5, "connections.platform.endpoints[0]")
+    assert first.message == f"mqtt://h:1 is left out: {dialer.left_out[0].reason}"
+    assert (second.line, second.key) == (7, "connections.platform.endpoints[2]")
+    assert not [one for one in config.findings if one.level == 1], "what is left out falls short of nothing"
+    # what is wrong with another endpoint is the error then, and only that
+    wrong = connection.replace("mqtts://h:2", "mqtss://h:2")
+    (problem,) = problems(pipeline(tmp_path, wrong, "ncsa-1"))
+    assert "mqtss" in problem
 
 
 def test_violations_have_their_line_key_and_fix(tmp_path: Path) -> None:
@@ -251,11 +272,6 @@ def test_recipes_alone() -> None:
 
 
 # --- listeners --------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 def served(tmp_path: Path, listener: str, policy: str, certificates: Certificates, more: str = "") -> Path:
@@ -367,6 +383,13 @@ def test_lint_reports_the_levels(tmp_path: Path, capsys: pytest.CaptureFixture[s
     file = pipeline(tmp_path, 'endpoints = ["quic://h", "mqtts://h"]', "ncsa-2")
     assert lint(file, capsys)[1:] == ["pipeline.toml: meets ncsa-1 and ncsa-2"]
     file = pipeline(tmp_path, 'endpoints = ["quic://h", "mqtt://h"]', "ncsa-1")
+    warning, right, meets = lint(file, capsys)
+    assert warning == (
+        "warning: pipeline.toml:4: connections.platform.endpoints[1]: mqtt://h is left out: "
+        'mqtt:// is not encrypted, which the policy "ncsa-1" forbids. Use mqtts://'
+    )
+    assert [right, meets] == ["pipeline.toml: right, 1 pipeline", "pipeline.toml: meets ncsa-1 and ncsa-2"]
+    file = pipeline(tmp_path, 'endpoints = ["ws://h", "mqtt://h"]', "ncsa-1")
     assert lint(file, capsys, 78) == []
 
 

@@ -6,6 +6,8 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
 from tesaiot_connect.message import Message, Properties
 from tesaiot_connect.mqtt.packets import Connect, Subscribe, Subscription, Unsubscribe, Will
 from tesaiot_connect.mqtt.properties import P
@@ -260,3 +262,54 @@ def test_a_retained_message_that_changes_on_the_way_is_not_sent_after_the_newer_
     assert [message.payload for message in wire.got if message.topic == one] == [b"new"]
     assert [message.payload for message in wire.got if message.topic == other] == [b""]
     assert len(wire.got) == 1200
+
+
+@pytest.mark.parametrize("front", [0, 1])
+def test_qos0_messages_do_not_overtake_those_that_waited_for_the_client(front: int) -> None:
+    """Also where the one that holds the queue up is of another QoS."""
+    house, wire = House(queue_qos0=True), Wire()
+    session, _ = house.connect("c", wire, expiry=60)
+    house.subscribe(session, "t")
+    house.hub.disconnected(session, wire)
+    house.hub.route([Message("t", b"0", front), Message("t", b"1")])
+    back = Wire(room=0)
+    house.connect("c", back, expiry=60, clean=False)
+    back.room = 1
+    house.hub.route([Message("t", b"2")])
+    house.hub.route([Message("t", b"3"), Message("t", b"4", 1), Message("t", b"5")])
+    assert back.got == []
+    for _ in range(6):
+        back.room = 1
+        session.outbox.pump(house.clock())
+    assert [int(message.payload) for message in back.got] == list(range(6))
+    # nothing waits any more: what finds no room is dropped as ever
+    back.room = 1
+    house.hub.route([Message("t", b"6"), Message("t", b"7")])
+    assert (len(back.got), len(session.outbox.queue)) == (7, 0)
+
+
+def test_a_retained_message_that_waits_for_room_is_not_overtaken() -> None:
+    house, wire = House(), Wire(room=0)
+    house.hub.route([Message("t", b"0", 0, True)])
+    session, _ = house.connect("c", wire)
+    packet = Subscribe(packet_id=1, subscriptions=(Subscription("t", 0),))
+    _, wanting = house.hub.subscribe(session.outbox, Anybody(), packet)
+    list(house.hub.send_retained(session.outbox, wanting))
+    wire.room = 1
+    house.hub.route([Message("t", b"1")])
+    wire.room = 2
+    session.outbox.pump(house.clock())
+    assert [message.payload for message in wire.got] == [b"0", b"1"]
+
+
+def test_qos0_messages_pass_what_waits_for_acknowledgements() -> None:
+    house, wire = House(), Wire()
+    session, _ = house.connect("c", wire, expiry=60)
+    house.subscribe(session, "t")
+    house.hub.disconnected(session, wire)
+    house.hub.route([Message("t", b"waits", 1)])
+    back = Wire(room=0)
+    house.connect("c", back, expiry=60, clean=False)
+    back.room = 1
+    house.hub.route([Message("t", b"passes")])
+    assert [message.payload for message in back.got] == [b"passes"]

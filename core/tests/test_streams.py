@@ -7,38 +7,16 @@ import contextlib
 import errno
 import socket
 import struct
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
+from loops import Run
 
 from tesaiot_connect.accept import accepting, serving
-from tesaiot_connect.errors import Disconnected, Unsupported
+from tesaiot_connect.errors import Disconnected, PathLost, Unsupported
 from tesaiot_connect.protocols import Peer, State
 from tesaiot_connect.streams import AsyncioStream, StreamConnection, explain_os_error
-
-LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
-try:
-    import uvloop
-except ImportError:
-    pass
-else:
-    LOOPS.append(pytest.param(uvloop.new_event_loop, id="uvloop"))
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
-
-
-@pytest.fixture(params=LOOPS)
-def run(request: pytest.FixtureRequest) -> Run:
-    def run(main: Coroutine[Any, Any, None]) -> None:
-        async def bounded() -> None:
-            async with asyncio.timeout(30):
-                await main
-
-        with asyncio.Runner(loop_factory=request.param) as runner:
-            runner.run(bounded())
-
-    return run
 
 
 async def stream_and_socket() -> tuple[AsyncioStream, socket.socket]:
@@ -326,6 +304,7 @@ def test_a_connection_has_one_stream(run: Run) -> None:
         (ConnectionResetError(), "reset"),
         (BrokenPipeError(), "reset"),
         (TimeoutError(), "no longer answers"),
+        (OSError(errno.EHOSTUNREACH, "x"), "path"),
         (OSError(errno.ENETUNREACH, "x"), "path"),
         (OSError(errno.EIO, "strange"), "strange"),
     ],
@@ -334,6 +313,9 @@ def test_errors_in_words(error: OSError, word: str) -> None:
     told = explain_os_error(error)
     assert word in str(told)
     assert told.__cause__ is error
+    silent = word in ("no longer answers", "path")
+    assert isinstance(told, PathLost) == silent
+    assert ("goes on over the next endpoint" in told.fix) == silent
 
 
 def test_a_handshake_that_fails_ends_only_itself(run: Run) -> None:

@@ -159,7 +159,7 @@ def test_the_log_tells_how_the_connection_came_about(
         transport = network.transport()
 
         class Telling:
-            url = transport.url
+            url, races = transport.url, transport.races
 
             async def connect(self, **options: Any) -> Connection:
                 connection: Any = await transport.connect(**options)

@@ -15,11 +15,6 @@ from tesaiot_connect.testing import Certificates
 from tesaiot_connect.tls import ServerTls, TlsOptions, certificate_facts, explain_tls
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
 def test_the_default_verifies_server_and_name() -> None:
     context = TlsOptions().client_context()
     assert context.verify_mode is ssl.CERT_REQUIRED

@@ -29,6 +29,7 @@ from tesaiot_connect.config.schema import describe, pipeline_schema, plain, rend
 from tesaiot_connect.config.security import SecurityOptions
 from tesaiot_connect.config.serving import Address
 from tesaiot_connect.config.structure import LISTS, TABLES, UNIONS, base_of, key_of
+from tesaiot_connect.negotiation import NegotiationOptions
 from tesaiot_connect.plugins import Catalog, Kind
 from tesaiot_connect.protocols import Duration, Secret, Size, Url
 from tesaiot_connect.server import BrokerOptions
@@ -101,6 +102,8 @@ def pipeline_keys(catalog: Catalog) -> str:
                 ("tls", "table", "", "Whom to trust; for every endpoint whose transport has a `tls` table."),
             ],
         ),
+        "Where there is more than one endpoint, in the same table:\n",
+        rows(NegotiationOptions, nested),
         *implementations(
             catalog,
             "transport",

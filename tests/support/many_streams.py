@@ -14,7 +14,7 @@ from tesaiot_connect.backoff import Backoff
 from tesaiot_connect.client import Client, ClientOptions, StreamRule
 from tesaiot_connect.message import Message
 from tesaiot_connect.mqtt.packets import Subscription
-from tesaiot_connect.negotiation import InOrder
+from tesaiot_connect.negotiation import Negotiator
 from tesaiot_connect.protocols import ByteStream, ClientCertificate, Connection, Duration
 from tesaiot_connect.server import Broker, BrokerOptions, ListenerSpec
 from tesaiot_connect.testing import Network
@@ -58,7 +58,7 @@ async def broker(network: Network, options: BrokerOptions | None = None) -> Asyn
 
 def client(network: Network, client_id: str = "", *, transport: Any = None, **options: Any) -> Client:
     options.setdefault("reconnect", FAST)
-    dialer = InOrder([transport or network.transport()])
+    dialer = Negotiator([transport or network.transport()])
     return Client(dialer, ClientOptions(client_id=client_id, **options))
 
 
@@ -113,6 +113,7 @@ class Watched:
     opened: list[int] = attrs.field(factory=list)
     refuse: list[BaseException] = attrs.field(factory=list)
     hang: bool = False
+    races: bool = True
 
     @property
     def url(self) -> Any:

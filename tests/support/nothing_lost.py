@@ -22,7 +22,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from real_brokers import Mosquitto, free_port, stop, until_listening
 
-from tesaiot_connect import Backoff, Client, ClientOptions, Duration, InOrder, Message, Url
+from tesaiot_connect import Backoff, Client, ClientOptions, Duration, Message, Negotiator, Url
 from tesaiot_connect_tcp_tls import TcpTls
 
 TOOL = Path(sys.executable).with_name("tesaiot-connect")
@@ -165,7 +165,7 @@ class _Publisher:
     async def run(self, port: int) -> None:
         options = ClientOptions(client_id="devices", reconnect=Backoff(min=Duration(0.05), max=Duration(0.5)))
         transport = TcpTls(url=Url.parse(f"mqtt://127.0.0.1:{port}"))
-        async with Client(InOrder([transport]), options) as client:
+        async with Client(Negotiator([transport]), options) as client:
             while self.acknowledged < self._messages:
                 while self.acknowledged >= self._allowed:
                     self._more.clear()
@@ -193,7 +193,7 @@ async def _until_subscribed(pipeline: Pipeline, port: int) -> None:
     """Returns when a message of ours is stored: the session exists from then on."""
     transport = TcpTls(url=Url.parse(f"mqtt://127.0.0.1:{port}"))
     deadline = time.monotonic() + _STALLED
-    async with Client(InOrder([transport])) as client:
+    async with Client(Negotiator([transport])) as client:
         while not await asyncio.to_thread(pipeline.rows):
             assert time.monotonic() < deadline, pipeline.log.read_text()[-3000:]
             await client.publish([Message("device/first/telemetry", b'{"number":-1}', qos=1)])

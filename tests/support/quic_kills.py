@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 from real_brokers import free_port, free_udp_port, stop, until_listening
 
-from tesaiot_connect import Backoff, Client, ClientOptions, Disconnected, Duration, InOrder, Url
+from tesaiot_connect import Backoff, Client, ClientOptions, Disconnected, Duration, Negotiator, Url
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_tcp_tls import TcpTls
 
@@ -155,7 +155,7 @@ class _Run:
         options = ClientOptions(
             client_id="collector", reconnect=Backoff(min=Duration(0.05), max=Duration(0.2))
         )
-        dialer = InOrder([TcpTls(Url.parse(f"mqtt://127.0.0.1:{self.tcp}"))])
+        dialer = Negotiator([TcpTls(Url.parse(f"mqtt://127.0.0.1:{self.tcp}"))])
         async with Client(dialer, options) as client, client.subscribe(["kills/t"]) as reader:
             while True:
                 with contextlib.suppress(Disconnected):

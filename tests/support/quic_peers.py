@@ -27,10 +27,10 @@ from tesaiot_connect import (
     ClientOptions,
     Connection,
     Duration,
-    InOrder,
     ListenerSpec,
     ListenerStatus,
     Message,
+    Negotiator,
     Subscription,
     TlsOptions,
     Transport,
@@ -98,10 +98,10 @@ class Served:
         async with Broker(options).serving(specs) as (quic, tcp):
             assert isinstance(quic, BoundUrl)
             self._status = quic.status
-            subscriber = Client(InOrder([TcpTls(Url.parse(tcp))]), ClientOptions(receive_maximum=65535))
+            subscriber = Client(Negotiator([TcpTls(Url.parse(tcp))]), ClientOptions(receive_maximum=65535))
             async with subscriber, subscriber.subscribe([Subscription(f"{TOPIC}/#", qos=1)]) as reader:
                 subscribed = asyncio.create_task(reader.read())
-                async with Client(InOrder([TcpTls(Url.parse(tcp))])) as first:
+                async with Client(Negotiator([TcpTls(Url.parse(tcp))])) as first:
                     while not subscribed.done():
                         await first.publish([Message(TOPIC, b"-1")])
                         await asyncio.wait([subscribed], timeout=0.05)
@@ -158,7 +158,7 @@ class Keeping:
 
     def __init__(self, transport: Transport) -> None:
         self.connections: list[Connection] = []
-        self._dialer = InOrder([transport])
+        self._dialer = Negotiator([transport])
 
     async def connect(self, *, identity: ClientCertificate | None = None, early: bytes = b"") -> Connection:
         connection = await self._dialer.connect(identity=identity, early=early)

@@ -14,8 +14,8 @@ from tesaiot_connect import (
     Client,
     ClientOptions,
     Duration,
-    InOrder,
     Message,
+    Negotiator,
     Reader,
     Subscription,
     TlsOptions,
@@ -32,7 +32,7 @@ def client(
 ) -> Client:
     """`transport` are more options of the recipe, `options` those of the client."""
     recipe = Wss(Url.parse(url), tls=TlsOptions(ca_file=certificates.ca_file), **(transport or {}))
-    return Client(InOrder([recipe]), ClientOptions(protocol=version, reconnect=QUICK, **options))
+    return Client(Negotiator([recipe]), ClientOptions(protocol=version, reconnect=QUICK, **options))
 
 
 @attrs.frozen

@@ -16,7 +16,7 @@ from types import TracebackType
 
 from real_brokers import free_port, stop, until_listening
 
-from tesaiot_connect import Client, ClientOptions, InOrder, Message, Reader, Subscription, Url
+from tesaiot_connect import Client, ClientOptions, Message, Negotiator, Reader, Subscription, Url
 from tesaiot_connect_wss import Wss
 
 TOOL = Path(sys.executable).with_name("tesaiot-connect")
@@ -89,7 +89,7 @@ class Neighbour:
 
     def __init__(self, port: int) -> None:
         options = ClientOptions(client_id=f"neighbour-{id(self)}", clean_session=True)
-        self.client = Client(InOrder([Wss(Url("ws", "127.0.0.1", port, "/mqtt"))]), options)
+        self.client = Client(Negotiator([Wss(Url("ws", "127.0.0.1", port, "/mqtt"))]), options)
         self._topic = f"neighbours/{id(self)}"
         self._turns = 0
         self._back: asyncio.Queue[bytes] = asyncio.Queue()

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import tcp as tcp
+    from . import state as state, tcp as tcp
     from .accept import accepting as accepting, serving as serving
     from .access import (
         Access as Access,
@@ -38,6 +38,12 @@ if TYPE_CHECKING:
         MQTTQUICClient as MQTTQUICClient,
         TESAIoTMQTTClient as TESAIoTMQTTClient,
     )
+    from .dialing import (
+        Attempt as Attempt,
+        Dialed as Dialed,
+        Dialer as Dialer,
+        NegotiatingDialer as NegotiatingDialer,
+    )
     from .errors import (
         ConfigError as ConfigError,
         ConnectFailed as ConnectFailed,
@@ -47,6 +53,7 @@ if TYPE_CHECKING:
         EndOfOutput as EndOfOutput,
         NotApplicable as NotApplicable,
         PartialDelivery as PartialDelivery,
+        PathLost as PathLost,
         PayloadError as PayloadError,
         PluginError as PluginError,
         Problem as Problem,
@@ -68,7 +75,7 @@ if TYPE_CHECKING:
         Undecodable as Undecodable,
     )
     from .mqtt.packets import Connack as Connack, Subscription as Subscription
-    from .negotiation import InOrder as InOrder
+    from .negotiation import NegotiationOptions as NegotiationOptions, Negotiator as Negotiator
     from .pipeline import (
         PipelineSpec as PipelineSpec,
         PipelineStats as PipelineStats,
@@ -87,9 +94,9 @@ if TYPE_CHECKING:
         Connection as Connection,
         ConnectionStatus as ConnectionStatus,
         Credentials as Credentials,
-        Dialer as Dialer,
         Duration as Duration,
         Handler as Handler,
+        LazyTransport as LazyTransport,
         Listener as Listener,
         ListenerStatus as ListenerStatus,
         Login as Login,
@@ -151,6 +158,7 @@ _HOMES = {
         "EndOfOutput",
         "NotApplicable",
         "PartialDelivery",
+        "PathLost",
         "PayloadError",
         "PluginError",
         "Problem",
@@ -181,9 +189,9 @@ _HOMES = {
         "Connection",
         "ConnectionStatus",
         "Credentials",
-        "Dialer",
         "Duration",
         "Handler",
+        "LazyTransport",
         "Listener",
         "ListenerStatus",
         "Login",
@@ -224,7 +232,8 @@ _HOMES = {
         "explain_tls",
     ),
     "backoff": ("Backoff",),
-    "negotiation": ("InOrder",),
+    "negotiation": ("NegotiationOptions", "Negotiator"),
+    "dialing": ("Attempt", "Dialed", "Dialer", "NegotiatingDialer"),
     "client": (
         "Client",
         "ClientOptions",
@@ -262,7 +271,7 @@ _HOMES = {
     ),
 }
 _EXPORTS = {name: room for room, names in _HOMES.items() for name in names}
-_ROOMS = ("tcp",)
+_ROOMS = ("state", "tcp")
 """Rooms that are public as a whole: their functions read best with the room's name."""
 
 __all__ = [  # noqa: PLE0604 - the table above is the one list of names

@@ -7,8 +7,11 @@ says all three. Errors of other libraries are translated at the edge, always `ra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any, Final, Literal
 
 import attrs
+
+Stage = Literal["", "name", "reach", "secure", "upgrade"]
 
 
 class ConnectorError(Exception):
@@ -17,6 +20,9 @@ class ConnectorError(Exception):
     `what` says what happened and to what, in one sentence without a full stop at its end;
     `fix` says what to do next, likewise, and may be empty.
     """
+
+    attempts: tuple[Any, ...] = ()
+    """From a dial that failed: what was tried, each a `dialing.Attempt`."""
 
     def __init__(self, what: str, *, fix: str = "") -> None:
         super().__init__(what)
@@ -74,8 +80,24 @@ class Disconnected(ConnectorError):
     """A connection is gone. Retryable: open the same recipe again."""
 
 
+class PathLost(Disconnected):
+    """The way to the other side went silent, though the other side may be well: another way may work."""
+
+
 class ConnectFailed(Disconnected):
-    """No connection could be made; the message holds the reason of every endpoint tried."""
+    """No connection could be made; the message holds the reason of every endpoint tried.
+
+    `stage` is what failed: "name", its resolution; "reach", no answer, a refusal, no route; "secure", the TLS
+    or QUIC handshake with its certificates and ALPN; "upgrade", WebSocket or a proxy. It is "" where it was
+    none of these, such as a file that cannot be read, or several endpoints.
+    """
+
+    STAGES: Final[tuple[Stage, ...]] = ("", "name", "reach", "secure", "upgrade")
+    """In the order in which a connection passes them."""
+
+    def __init__(self, what: str, *, fix: str = "", stage: Stage = "") -> None:
+        super().__init__(what, fix=fix)
+        self.stage = stage
 
 
 class Refused(Disconnected):

@@ -67,9 +67,15 @@ class Url:
         path = parts.path + (f"?{parts.query}" if parts.query else "")
         return cls(parts.scheme.lower(), unquote(parts.hostname or ""), port, path)
 
-    def __str__(self) -> str:
+    def reveal(self) -> str:
+        """All of it; `parse` reads it."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}" + (f":{self.port}" if self.port else "") + self.path
+
+    def __str__(self) -> str:
+        """For people: what its query says is hidden, since tokens are written there."""
+        path, _, query = self.path.partition("?")
+        return attrs.evolve(self, path=f"{path}?***" if query else path).reveal()
 
 
 @attrs.frozen
@@ -100,6 +106,8 @@ class Peer:
     alpn: str | None = None
     certificate: bytes | None = None
     """The peer's verified certificate, DER, where there is one."""
+    tls_version: str | None = None
+    """As "TLSv1.3"; None where there is no TLS, or the transport does not tell."""
 
 
 @attrs.frozen
@@ -327,6 +335,15 @@ class Transport(Protocol):
         ...
 
 
+@runtime_checkable
+class LazyTransport(Protocol):
+    """A transport whose `connect` needs what takes a while to import. Optional."""
+
+    def load(self) -> None:
+        """Imports it now, so that its time does not count as the network's. Cheap from then on."""
+        ...
+
+
 Handler = Callable[[Connection], Awaitable[None]]
 """Serves one connection; the listener closes it when the handler returns or raises."""
 
@@ -341,14 +358,6 @@ class Listener(Protocol):
 
         Leaving it stops accepting, then cancels the handlers that are still running.
         """
-        ...
-
-
-class Dialer(Protocol):
-    """How a client gets connections: the transport is chosen behind this seam."""
-
-    async def connect(self, *, identity: ClientCertificate | None = None, early: bytes = b"") -> Connection:
-        """Raises ConnectFailed with the reason of every endpoint tried."""
         ...
 
 

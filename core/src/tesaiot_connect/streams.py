@@ -14,11 +14,12 @@ import asyncio
 import contextlib
 import errno
 import logging
+import socket
 from collections import deque
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
-from .errors import Disconnected, Unsupported
+from .errors import Disconnected, PathLost, Unsupported
 from .protocols import CloseReason, ConnectionStatus, Peer, State
 
 log = logging.getLogger(__name__)
@@ -31,6 +32,9 @@ LINGER = 1.0
 """Seconds `aclose` waits for the peer's end of stream after it took everything."""
 
 
+GOES_ON = "the session goes on over the next endpoint, if there is one"
+"""What happens next after a path was lost."""
+
 Explain = Callable[[BaseException], Disconnected]
 
 
@@ -42,9 +46,9 @@ def explain_os_error(error: BaseException) -> Disconnected:
     if isinstance(error, (ConnectionResetError, BrokenPipeError, ConnectionAbortedError)):
         told = Disconnected("the connection was reset by the peer or a device in between")
     elif isinstance(error, TimeoutError):
-        told = Disconnected("the peer no longer answers", fix="check the network path to it")
+        told = PathLost("the peer no longer answers", fix=f"{GOES_ON}; check the network path to it")
     elif number in (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN):
-        told = Disconnected("the network path to the peer is gone", fix="check the network")
+        told = PathLost("the network path to the peer is gone", fix=f"{GOES_ON}; check the network")
     else:
         told = Disconnected(f"the connection broke: {error or type(error).__name__}")
     told.__cause__ = error
@@ -335,7 +339,7 @@ class AsyncioStream(asyncio.Protocol):
 
     def _again(self) -> Disconnected:
         assert self._error is not None
-        return Disconnected(self._error.what, fix=self._error.fix)
+        return type(self._error)(self._error.what, fix=self._error.fix)
 
     def _not_writable(self) -> Disconnected | RuntimeError:
         if self._error is not None:
@@ -436,3 +440,41 @@ class StreamConnection:
 
     def abort(self, code: int = 0) -> None:
         self._stream.abort(code)
+
+
+# --- sockets that fail --------------------------------------------------------------------
+
+
+async def to_its_end(making: asyncio.Task[Any], sock: socket.socket) -> asyncio.Transport:
+    """The transport of `making`, which leaves nothing of itself or `sock` when it fails or is cancelled.
+
+    Cancelling asyncio's own handshake in its first turn would leave it running, so a cancelled
+    one is ended from below.
+    """
+    try:
+        transport: asyncio.Transport = (await asyncio.shield(making))[0]
+        return transport
+    except asyncio.CancelledError:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+        await asyncio.wait([making])
+        if not making.cancelled() and making.exception() is None:
+            making.result()[0].abort()
+        await _let_go(sock)
+        raise
+    except OSError:
+        await _let_go(sock)
+        raise
+
+
+async def _let_go(sock: socket.socket) -> None:
+    """Wait until the failed transport closed its socket.
+
+    uvloop forgets to tell the socket object when the peer leaves in the first turn: the
+    descriptor is closed, and may be another connection's soon, so the object must not close it.
+    """
+    for _ in range(5):
+        if sock.fileno() < 0:
+            return
+        await asyncio.sleep(0)
+    sock.detach()

@@ -23,9 +23,10 @@ from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import attrs
 
+from . import errors
 from .errors import ConnectFailed, ConnectorError, Disconnected
 from .protocols import Duration, Peer, Url
-from .streams import AsyncioStream
+from .streams import AsyncioStream, to_its_end
 from .tls import _NOT_TLS, ServerTls, TlsOptions, certificate_facts, explain_tls
 
 T = TypeVar("T")
@@ -76,11 +77,13 @@ class Stage(NamedTuple):
 
     silence: str
     fix: str
+    stage: errors.Stage
+    """That of `ConnectFailed`."""
 
 
-RESOLVING = Stage("the name server does not answer", "check this machine's name server")
+RESOLVING = Stage("the name server does not answer", "check this machine's name server", "name")
 CONNECTING = Stage(
-    "no address answers", "check host and port, and whether a firewall on the way drops the packets"
+    "no address answers", "check host and port, and whether a firewall on the way drops the packets", "reach"
 )
 
 
@@ -150,9 +153,12 @@ async def race(
     finally:
         for task in running:
             task.cancel()
-        for outcome in await asyncio.gather(*running, return_exceptions=True):
-            if isinstance(outcome, socket.socket):
-                outcome.close()
+        try:
+            await asyncio.gather(*running, return_exceptions=True)
+        finally:  # which is cancelled itself, perhaps
+            for task in running:
+                if not task.cancelled() and task.exception() is None:
+                    task.result().close()
     raise ExceptionGroup("no address could be connected to", errors)
 
 
@@ -235,20 +241,22 @@ async def dial(recipe: TcpRecipe, progress: Progress, host: str, port: int, what
     progress.stage = RESOLVING
     try:
         addresses = await resolve(host, port)
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # the latter for labels that are empty or too long
+        text = getattr(error, "strerror", None) or "it is not a host name"
         raise ConnectFailed(
-            f"the name {host} cannot be resolved: {error.strerror or error}",
+            f"the name {host} cannot be resolved: {text}",
             fix="check its spelling, the network and this machine's name server",
+            stage="name",
         ) from error
     progress.stage = CONNECTING
     try:
         return await race(alternate(addresses), partial(open_socket, recipe), recipe.attempt_delay)
     except ExceptionGroup as group:
-        errors = [error for error in group.exceptions if isinstance(error, OSError)]
-        reasons = dict.fromkeys(_os_reason(error) for error in errors)
+        found = [error for error in group.exceptions if isinstance(error, OSError)]
+        reasons = dict.fromkeys(_os_reason(error) for error in found)
         told = "; ".join(dict.fromkeys(reason for reason, _ in reasons))
         fix = next((fix for _, fix in reasons if fix), "")
-        raise ConnectFailed(f"{what} cannot be reached: {told}", fix=fix) from group
+        raise ConnectFailed(f"{what} cannot be reached: {told}", fix=fix, stage="reach") from group
 
 
 # --- a client's connection ----------------------------------------------------------------
@@ -291,9 +299,9 @@ async def connect(
             else:
                 return await finish(made, peer, progress)
     except TimeoutError as error:
-        what, fix = progress.stage
+        what, fix, stage = progress.stage
         raise ConnectFailed(
-            f"{where} gave no connection within {recipe.connect_timeout:g} s: {what}", fix=fix
+            f"{where} gave no connection within {recipe.connect_timeout:g} s: {what}", fix=fix, stage=stage
         ) from error
     raise await _tls_failure(recipe, rejected, again, not_tls) from rejected
 
@@ -347,13 +355,13 @@ async def wrap(
             server_hostname=server_name,
             **bounds,
         )
-    transport = await _to_its_end(loop.create_task(making), sock)
+    transport = await to_its_end(loop.create_task(making), sock)
     try:
         return _peer(transport, where, name, context)
     except ValueError:  # TLS broke since: a rejection may follow the handshake at once
         await protocol.wait_gone()
         told = protocol.error or Disconnected("the peer left right after the TLS handshake")
-        raise ConnectFailed(f"{place(recipe)}: {told.what}", fix=told.fix) from told
+        raise ConnectFailed(f"{place(recipe)}: {told.what}", fix=told.fix, stage="secure") from told
 
 
 def _peer(transport: asyncio.Transport, where: str, name: str, context: ssl.SSLContext | None) -> Peer:
@@ -367,6 +375,7 @@ def _peer(transport: asyncio.Transport, where: str, name: str, context: ssl.SSLC
         secure=True,
         alpn=tls.selected_alpn_protocol(),
         certificate=tls.getpeercert(binary_form=True) if verified else None,
+        tls_version=tls.version(),
     )
 
 
@@ -383,7 +392,9 @@ async def _tls_failure(
     elif error.reason in _NOT_TLS:
         fix = not_tls or fix
     return ConnectFailed(
-        what, fix=fix or "check that the port speaks TLS, in a version that `minimum_version` allows"
+        what,
+        fix=fix or "check that the port speaks TLS, in a version that `minimum_version` allows",
+        stage="secure",
     )
 
 
@@ -507,41 +518,3 @@ def _os_reason(error: OSError) -> tuple[str, str]:
     if number in (errno.EADDRNOTAVAIL, errno.EINVAL) and getattr(error, "local", None):
         return f"cannot connect from {error.local}", "local_address must be of this machine"  # type: ignore[attr-defined]
     return f"{where}: {error.strerror or error}", ""
-
-
-# --- sockets that fail --------------------------------------------------------------------
-
-
-async def _to_its_end(making: asyncio.Task[Any], sock: socket.socket) -> asyncio.Transport:
-    """The transport of `making`, which leaves nothing of itself or `sock` when it fails or is cancelled.
-
-    Cancelling asyncio's own handshake in its first turn would leave it running, so a cancelled
-    one is ended from below.
-    """
-    try:
-        transport: asyncio.Transport = (await asyncio.shield(making))[0]
-        return transport
-    except asyncio.CancelledError:
-        with contextlib.suppress(OSError):
-            sock.shutdown(socket.SHUT_RDWR)
-        await asyncio.wait([making])
-        if not making.cancelled() and making.exception() is None:
-            making.result()[0].abort()
-        await _let_go(sock)
-        raise
-    except OSError:
-        await _let_go(sock)
-        raise
-
-
-async def _let_go(sock: socket.socket) -> None:
-    """Wait until the failed transport closed its socket.
-
-    uvloop forgets to tell the socket object when the peer leaves in the first turn: the
-    descriptor is closed, and may be another connection's soon, so the object must not close it.
-    """
-    for _ in range(5):
-        if sock.fileno() < 0:
-            return
-        await asyncio.sleep(0)
-    sock.detach()

@@ -3,12 +3,12 @@
 import asyncio
 import sys
 
-from tesaiot_connect import Client, InOrder, Url
+from tesaiot_connect import Client, Negotiator, Url
 from tesaiot_connect_tcp_tls import TcpTls
 
 
 async def main(url: str) -> None:
-    async with Client(InOrder([TcpTls(url=Url.parse(url))])) as client:
+    async with Client(Negotiator([TcpTls(url=Url.parse(url))])) as client:
         async with client.subscribe(["device/+/telemetry/#"]) as reader:
             while True:
                 delivery = await reader.read()  # a batch; the broker waits for its acknowledgement

@@ -27,8 +27,8 @@ from tesaiot_connect import (
     Credentials,
     Disconnected,
     Duration,
-    InOrder,
     ListenerSpec,
+    Negotiator,
     NotApplicable,
     Peer,
     Principal,
@@ -362,7 +362,7 @@ async def broker(server: PasswordFile) -> AsyncIterator[Network]:
 
 def client(network: Network, auth: AuthPassword) -> Client:
     slow = Backoff(min=Duration(0.01), max=Duration(1000))
-    return Client(InOrder([network.transport()]), ClientOptions(reconnect=slow), auth=auth, name="c")
+    return Client(Negotiator([network.transport()]), ClientOptions(reconnect=slow), auth=auth, name="c")
 
 
 def test_a_refused_login_names_the_file_and_a_new_password_there_ends_it(users: Path) -> None:

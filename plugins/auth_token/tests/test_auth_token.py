@@ -29,8 +29,8 @@ from tesaiot_connect import (
     Credentials,
     Disconnected,
     Duration,
-    InOrder,
     ListenerSpec,
+    Negotiator,
     NotApplicable,
     Peer,
     Principal,
@@ -407,7 +407,7 @@ async def broker(server: TokenFile) -> AsyncIterator[Network]:
 
 def client(network: Network, auth: AuthToken) -> Client:
     slow = Backoff(min=Duration(0.01), max=Duration(1000))
-    return Client(InOrder([network.transport()]), ClientOptions(reconnect=slow), auth=auth, name="c")
+    return Client(Negotiator([network.transport()]), ClientOptions(reconnect=slow), auth=auth, name="c")
 
 
 def test_rotation_during_a_run(tmp_path: Path) -> None:

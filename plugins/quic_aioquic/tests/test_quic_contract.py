@@ -10,23 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loops import LOOPS
 
-from tesaiot_connect import Listener, TlsOptions, Transport, Url
+from tesaiot_connect import LazyTransport, Listener, TlsOptions, Transport, Url
 from tesaiot_connect.testing import Certificates, TransportCheck, transport_checks
 from tesaiot_connect_quic_aioquic import QuicAioquic
-
-LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
-try:
-    import uvloop
-except ImportError:
-    pass
-else:
-    LOOPS.append(pytest.param(uvloop.new_event_loop, id="uvloop"))
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 def has_ipv6() -> bool:
@@ -42,6 +30,7 @@ def test_it_is_a_transport_and_a_listener() -> None:
     recipe = QuicAioquic(Url.parse("quic://localhost"))
     assert isinstance(recipe, Transport)
     assert isinstance(recipe, Listener)
+    assert isinstance(recipe, LazyTransport)
 
 
 def test_reading_the_recipe_loads_no_protocol_machine() -> None:

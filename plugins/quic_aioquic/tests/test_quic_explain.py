@@ -71,11 +71,6 @@ def pump(client: Side, server: Side) -> None:
     server.collect()
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
 @pytest.fixture
 def listener(certificates: Certificates) -> ServerTls:
     return certificates.server()

@@ -19,11 +19,6 @@ from tesaiot_connect.testing import Certificates
 from tesaiot_connect_quic_aioquic import QuicAioquic
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
 def open_sockets() -> set[str]:
     found = set()
     for fd in Path("/proc/self/fd").iterdir():
@@ -61,6 +56,7 @@ def test_a_certificate_of_another_authority(
         async with echoing(certificates) as echo:
             error = await refusal(client(echo.url, other, tmp_path))
             says(error, "not from a trusted authority", "ca_file")
+            assert error.stage == "secure"
             assert "quic://127.0.0.1" in error.what
             await until(lambda: echo.status().refused.get("handshake_failed") == 1)
             assert not echo.connections
@@ -192,6 +188,7 @@ def test_no_common_application_protocol(
         async with echoing(certificates, alpn=("mqtt",)) as echo:
             error = await refusal(client(echo.url, certificates, tmp_path, alpn=("h3",)))
             says(error, "ALPN", "`alpn`")
+            assert error.stage == "secure"
             await until(lambda: not echo.status().connections)
             assert echo.status().refused == {"handshake_failed": 1}
 
@@ -227,6 +224,7 @@ def test_no_common_version(certificates: Certificates, tmp_path: Path) -> None:
         async with echoing(certificates, versions=(2,)) as echo:
             error = await refusal(client(echo.url, certificates, tmp_path, versions=(1,)))
             says(error, "share no QUIC version", "version")
+            assert error.stage == "secure"
 
     run(main())
 
@@ -242,6 +240,7 @@ def test_a_port_where_nothing_listens_fails_at_once(certificates: Certificates, 
         begun = time.monotonic()
         error = await refusal(client(f"quic://{HOST}:{port}", certificates, tmp_path, connect_timeout=25.0))
         says(error, "nothing listens", "QUIC listener")
+        assert error.stage == "reach"
         assert time.monotonic() - begun < 20
 
     run(main())
@@ -256,6 +255,7 @@ def test_silence(certificates: Certificates, tmp_path: Path) -> None:
                 client(f"quic://{HOST}:{port}", certificates, tmp_path, connect_timeout=0.4)
             )
             says(error, "nothing came back", "blocks UDP")
+            assert error.stage == "reach"
             assert "within 0.4 s" in error.what
 
     run(main())
@@ -269,6 +269,7 @@ def test_a_name_that_does_not_resolve(host: str, certificates: Certificates, tmp
         error = await refusal(client(f"quic://{host}", certificates, tmp_path))
         assert host in error.what
         assert error.fix
+        assert error.stage == "name"
 
     run(main())
 
@@ -334,6 +335,7 @@ def test_two_dead_addresses_are_both_explained(
             error = await refusal(client("quic://localhost:1", certificates, tmp_path))
             says(error, "nothing listens", "QUIC listener")
             says(error, "not from a trusted authority", "ca_file")
+            assert error.stage == "secure"  # the one that got further
 
     run(main())
 

@@ -27,11 +27,6 @@ from tesaiot_connect_quic_aioquic import QuicAioquic, listener, server as server
 DATAGRAMS = 10_000
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
 @pytest.fixture
 def endpoints(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     found: list[Any] = []

@@ -35,11 +35,6 @@ from tesaiot_connect_quic_aioquic.connection import QuicConnection
 from tesaiot_connect_quic_aioquic.issued import IssuedTickets
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
 @pytest.fixture
 def endpoints(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The listeners' endpoints that the test makes."""

@@ -21,11 +21,6 @@ from tesaiot_connect_quic_aioquic.tickets import pack, unpack
 EARLY = b"CONNECT, in the first packet"
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
 def quic_of(connection: Any) -> QuicStatus:
     found = connection.status().quic
     assert isinstance(found, QuicStatus)

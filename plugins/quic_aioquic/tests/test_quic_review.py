@@ -24,11 +24,6 @@ from tesaiot_connect_quic_aioquic.issued import IssuedTickets
 MUCH = 300_000
 
 
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
-
-
 def inject(raw: Raw, frame: bytes) -> None:
     """One 1-RTT packet with this frame."""
     quic = raw.quic

@@ -7,19 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loops import LOOPS
 
 from tesaiot_connect import Connection, Disconnected, TlsOptions, Url
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_quic_aioquic import QuicAioquic
 from tesaiot_connect_quic_aioquic.connection import QuicConnection
-
-LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
-try:
-    import uvloop
-except ImportError:
-    pass
-else:
-    LOOPS.append(pytest.param(uvloop.new_event_loop, id="uvloop"))
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)

@@ -9,11 +9,12 @@ import socket
 import ssl
 import struct
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from loops import Run
 
 from tesaiot_connect import (
     ClientCertificate,
@@ -30,34 +31,6 @@ from tesaiot_connect import (
 )
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_tcp_tls import TcpTls
-
-LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
-try:
-    import uvloop
-except ImportError:
-    pass
-else:
-    LOOPS.append(pytest.param(uvloop.new_event_loop, id="uvloop"))
-
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
-
-
-@pytest.fixture(params=LOOPS)
-def run(request: pytest.FixtureRequest) -> Run:
-    def run(main: Coroutine[Any, Any, Any]) -> Any:
-        async def bounded() -> Any:
-            async with asyncio.timeout(60):
-                return await main
-
-        with asyncio.Runner(loop_factory=request.param) as runner:
-            return runner.run(bounded())
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 def has_ipv6() -> bool:
@@ -241,11 +214,14 @@ def test_refused_says_what_to_check(run: Run) -> None:
     error = run(fails(TcpTls(Url.parse(f"mqtt://127.0.0.1:{port}"))))
     assert f"127.0.0.1:{port} refused" in str(error)
     assert "nothing listens there" in error.fix
+    assert error.stage == "reach"
 
 
 def test_a_name_that_does_not_exist(run: Run) -> None:
-    error = run(fails(TcpTls(Url.parse("mqtt://no-such-host.invalid"))))
-    assert "no-such-host.invalid cannot be resolved" in str(error)
+    for host in ("no-such-host.invalid", "a" * 70 + ".example", "x..example"):
+        error = run(fails(TcpTls(Url.parse(f"mqtt://{host}"))))
+        assert f"{host} cannot be resolved" in str(error)
+        assert error.stage == "name"
 
 
 def test_silence_times_out(run: Run) -> None:
@@ -258,6 +234,7 @@ def test_silence_times_out(run: Run) -> None:
             error = await fails(recipe)
             assert "no address answers" in str(error)
             assert "firewall" in error.fix
+            assert error.stage == "reach"
 
     run(main())
 
@@ -322,6 +299,7 @@ def test_all_addresses_dead_tells_each(run: Run, monkeypatch: pytest.MonkeyPatch
     error = run(fails(TcpTls(Url("mqtt", "broker.example", port))))
     assert f"127.0.0.8:{port} refused" in str(error)
     assert f"127.0.0.9:{port} refused" in str(error)
+    assert error.stage == "reach"
 
 
 # --- TLS ----------------------------------------------------------------------------------
@@ -346,6 +324,7 @@ def test_an_unknown_authority(run: Run, certificates: Certificates, tmp_path: Pa
             error = await fails(dial(url, other))
             assert "not from a trusted authority" in str(error)
             assert "ca_file" in error.fix
+            assert error.stage == "secure"
             await fails(dial(url, None))  # nor does the system know it
 
     run(main())
@@ -417,6 +396,7 @@ def test_a_plain_port_is_not_tls(run: Run, certificates: Certificates) -> None:
         async with TcpTls(Url.parse("mqtt://127.0.0.1:0")).listen(echo) as url:
             error = await fails(dial(url.replace("mqtt:", "mqtts:"), certificates))
             assert "8883" in error.fix or "speaks TLS" in error.fix
+            assert error.stage == "secure"
 
     run(main())
 
@@ -429,6 +409,7 @@ def test_a_port_that_hangs_up(run: Run, certificates: Certificates) -> None:
         async with TcpTls(Url.parse("mqtt://127.0.0.1:0")).listen(hang_up) as url:
             error = await fails(dial(url.replace("mqtt:", "mqtts:"), certificates))
             assert "speaks TLS" in error.fix
+            assert error.stage == "secure"
 
     run(main())
 
@@ -446,6 +427,7 @@ def test_a_port_that_never_answers(run: Run, certificates: Certificates) -> None
             )
             error = await fails(recipe)
             assert "does not answer the TLS handshake" in str(error)
+            assert error.stage == "secure"
 
     run(main())
 

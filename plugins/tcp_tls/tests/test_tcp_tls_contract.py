@@ -7,23 +7,11 @@ import ssl
 from typing import Any
 
 import pytest
+from loops import LOOPS
 
 from tesaiot_connect import Listener, ServerTls, TlsOptions, Transport, Url
 from tesaiot_connect.testing import Certificates, TransportCheck, transport_checks
 from tesaiot_connect_tcp_tls import TcpTls
-
-LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
-try:
-    import uvloop
-except ImportError:
-    pass
-else:
-    LOOPS.append(pytest.param(uvloop.new_event_loop, id="uvloop"))
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 def test_it_is_a_transport_and_a_listener() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from loops import Run
 from websocket_peers import (
     BINARY,
     CLOSE,
@@ -32,6 +34,7 @@ from tesaiot_connect import (
     Connection,
     Disconnected,
     Duration,
+    PathLost,
     Secret,
     SecretFrom,
     Size,
@@ -41,34 +44,6 @@ from tesaiot_connect import (
 )
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_wss import Wss
-
-LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
-try:
-    import uvloop
-except ImportError:
-    pass
-else:
-    LOOPS.append(pytest.param(uvloop.new_event_loop, id="uvloop"))
-
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
-
-
-@pytest.fixture(params=LOOPS)
-def run(request: pytest.FixtureRequest) -> Run:
-    def run(main: Coroutine[Any, Any, Any]) -> Any:
-        async def bounded() -> Any:
-            async with asyncio.timeout(60):
-                return await main
-
-        with asyncio.Runner(loop_factory=request.param) as runner:
-            return runner.run(bounded())
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 async def echo(connection: Connection) -> None:
@@ -247,6 +222,7 @@ def test_other_answers_are_explained(run: Run, answer: bytes, word: str, fix: st
             assert word in error.what
             assert fix in error.fix
             assert "secret" not in str(error)
+            assert error.stage == "upgrade"
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
     run(main())
@@ -262,7 +238,9 @@ def test_wrong_accept_and_foreign_subprotocol(run: Run) -> None:
 
     async def main() -> None:
         async with server(liar) as port:
-            assert "Sec-WebSocket-Accept" in (await fails(ws(port))).what
+            error = await fails(ws(port))
+            assert "Sec-WebSocket-Accept" in error.what
+            assert error.stage == "upgrade"
         async with server(upgrading(idle, protocol="chat")) as port:
             error = await fails(ws(port))
             assert "another subprotocol than mqtt" in error.what
@@ -279,9 +257,19 @@ def test_a_server_that_never_answers(run: Run) -> None:
         async with server(silent) as port:
             error = await fails(ws(port, connect_timeout=Duration(0.2)))
             assert "does not answer the upgrade" in str(error)
+            assert error.stage == "upgrade"
             assert "1883" in error.fix
 
     run(main())
+
+
+def test_a_server_that_is_not_there(run: Run) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    assert run(fails(ws(port))).stage == "reach"
+    with pytest.raises(ConnectFailed) as failed:
+        run(Wss(Url.parse("ws://no-such-host.invalid")).connect())
+    assert failed.value.stage == "name"
 
 
 # --- TLS ----------------------------------------------------------------------------------
@@ -298,6 +286,7 @@ def test_tls_and_its_errors(run: Run, certificates: Certificates, tmp_path: Any)
             stranger = Certificates(tmp_path, name="somebody else")
             error = await fails(Wss(Url.parse(url), tls=TlsOptions(ca_file=stranger.ca_file)))
             assert "not from a trusted authority" in str(error)
+            assert error.stage == "secure"
         named = Wss(Url.parse("wss://127.0.0.1:0"), server_tls=certificates.server("broker.example"))
         async with named.listen(echo) as url:
             error = await fails(Wss(Url.parse(url), tls=trusting))
@@ -307,6 +296,7 @@ def test_tls_and_its_errors(run: Run, certificates: Certificates, tmp_path: Any)
         async with Wss(Url.parse("ws://127.0.0.1:0")).listen(echo) as url:
             error = await fails(Wss(Url.parse(url.replace("ws:", "wss:")), tls=trusting))
             assert "use ws://" in error.fix
+            assert error.stage == "secure"
 
     run(main())
 
@@ -318,6 +308,7 @@ def test_a_required_client_certificate(run: Run, certificates: Certificates) -> 
             recipe = Wss(Url.parse(url), tls=TlsOptions(ca_file=certificates.ca_file))
             error = await fails(recipe)
             assert "may require a client certificate" in str(error)
+            assert error.stage == "secure"
             connection = await recipe.connect(identity=certificates.client())
             await connection.aclose()
 
@@ -467,8 +458,9 @@ def test_silence_is_noticed(run: Run) -> None:
         async with server(upgrading(deaf)) as port:
             recipe = ws(port, ping_interval=Duration(0.05), ping_timeout=Duration(0.05))
             connection = await recipe.connect()
-            with pytest.raises(Disconnected, match="not even an answer to a ping"):
+            with pytest.raises(PathLost, match="not even an answer to a ping") as lost:
                 await (await connection.open_stream()).receive()
+            assert "goes on over the next endpoint" in lost.value.fix
             assert (await connection.wait_closed()).code == 1006
 
     run(main())
@@ -588,7 +580,7 @@ def test_probe(run: Run) -> None:
             await connection.aclose()
         async with server(upgrading(deaf)) as port:
             connection = await ws(port, ping_timeout=Duration(0.1)).connect()
-            with pytest.raises(Disconnected, match="did not answer a ping"):
+            with pytest.raises(PathLost, match="did not answer a ping"):
                 await connection.probe()
             probing = asyncio.create_task(connection.probe())
             await asyncio.sleep(0)

@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from typing import Any
 
 import pytest
+from loops import LOOPS
 
 from tesaiot_connect import Listener, TlsOptions, Transport, Url
 from tesaiot_connect.testing import Certificates, TransportCheck, transport_checks
 from tesaiot_connect_wss import Wss
-
-LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
-try:
-    import uvloop
-except ImportError:
-    pass
-else:
-    LOOPS.append(pytest.param(uvloop.new_event_loop, id="uvloop"))
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 def has_ipv6() -> bool:

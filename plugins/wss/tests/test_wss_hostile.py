@@ -34,7 +34,7 @@ from websocket_peers import (
 )
 from wss_served import CONNECTIONS, MIB, Neighbour, Served
 
-from tesaiot_connect import Client, ClientOptions, InOrder, Message, Url
+from tesaiot_connect import Client, ClientOptions, Message, Negotiator, Url
 from tesaiot_connect_wss import Wss
 
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -456,7 +456,7 @@ def test_who_never_reads_is_not_waited_for(served: Served) -> None:
         url = Url("ws", "127.0.0.1", served.port, "/mqtt")
         async with (
             logged_in(served.port) as (reader, writer),
-            Client(InOrder([Wss(url)]), ClientOptions()) as client,
+            Client(Negotiator([Wss(url)]), ClientOptions()) as client,
         ):
             writer.write(frame(BINARY, subscribe(b"flood"), mask=True))
             await read_frame(reader)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from loops import Run
 from websocket_peers import (
     BINARY,
     CLOSE,
@@ -27,29 +27,6 @@ from websocket_peers import (
 from tesaiot_connect import Connection, ConnectorError, Disconnected, Duration, Peer, Size, TlsOptions, Url
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_wss import Wss
-
-LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
-try:
-    import uvloop
-except ImportError:
-    pass
-else:
-    LOOPS.append(pytest.param(uvloop.new_event_loop, id="uvloop"))
-
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
-
-
-@pytest.fixture(params=LOOPS)
-def run(request: pytest.FixtureRequest) -> Run:
-    def run(main: Coroutine[Any, Any, Any]) -> Any:
-        async def bounded() -> Any:
-            async with asyncio.timeout(60):
-                return await main
-
-        with asyncio.Runner(loop_factory=request.param) as runner:
-            return runner.run(bounded())
-
-    return run
 
 
 async def echo(connection: Connection) -> None:

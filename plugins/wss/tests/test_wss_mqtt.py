@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loops import LOOPS
 
 from tesaiot_connect import (
     Broker,
     BrokerOptions,
     Client,
-    InOrder,
     ListenerSpec,
     Message,
+    Negotiator,
     Size,
     TlsOptions,
     Url,
@@ -30,18 +31,6 @@ from tesaiot_connect_wss import Wss
 TOOL = Path(sys.executable).with_name("tesaiot-connect")
 COUNT = 3000
 MIB = 1024 * 1024
-LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
-try:
-    import uvloop
-except ImportError:
-    pass
-else:
-    LOOPS.append(pytest.param(uvloop.new_event_loop, id="uvloop"))
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.mark.parametrize("loop_factory", LOOPS)
@@ -54,7 +43,7 @@ def test_messages_of_every_size_at_qos_1(loop_factory: Any, certificates: Certif
     async def main() -> None:
         server = Wss(Url.parse("wss://127.0.0.1:0/mqtt"), server_tls=certificates.server())
         async with asyncio.timeout(60), Broker().serving([ListenerSpec("wss", server)]) as (url,):
-            dialer = InOrder([Wss(Url.parse(url), tls=TlsOptions(ca_file=certificates.ca_file))])
+            dialer = Negotiator([Wss(Url.parse(url), tls=TlsOptions(ca_file=certificates.ca_file))])
             async with Client(dialer) as client, client.subscribe(["t/#"]) as reader:
                 await client.connected()
                 publishing = asyncio.create_task(client.publish(sent))
@@ -79,7 +68,7 @@ async def take_a_large_packet() -> None:
     server = Wss(Url.parse("ws://127.0.0.1:0/mqtt"), max_message_size=Size(16 * MIB))
     broker = Broker(BrokerOptions(max_packet_size=Size(16 * MIB), max_queue_bytes=Size(64 * MIB)))
     async with asyncio.timeout(60), broker.serving([ListenerSpec("ws", server)]) as (url,):
-        async with Client(InOrder([Wss(Url.parse(url))])) as client, client.subscribe(["t/#"]) as reader:
+        async with Client(Negotiator([Wss(Url.parse(url))])) as client, client.subscribe(["t/#"]) as reader:
             await client.connected()
             await client.publish([large])
             delivery = await reader.read()

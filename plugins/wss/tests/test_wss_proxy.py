@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from loops import Run
 from websocket_peers import answering, connect_proxy, server, socks5_proxy
 
 from tesaiot_connect import ConnectFailed, Connection, Duration, Secret, SecretFrom, TlsOptions, Url
@@ -15,29 +15,7 @@ from tesaiot_connect.testing import Certificates
 from tesaiot_connect_wss import Wss
 from tesaiot_connect_wss.proxy import from_environment
 
-LOOPS: list[Any] = [pytest.param(asyncio.new_event_loop, id="asyncio")]
-try:
-    import uvloop
-except ImportError:
-    pass
-else:
-    LOOPS.append(pytest.param(uvloop.new_event_loop, id="uvloop"))
-
-Run = Callable[[Coroutine[Any, Any, Any]], Any]
 VARIABLES = [f"{name}_proxy" for name in ("ws", "wss", "http", "https", "all", "no", "socks")]
-
-
-@pytest.fixture(params=LOOPS)
-def run(request: pytest.FixtureRequest) -> Run:
-    def run(main: Coroutine[Any, Any, Any]) -> Any:
-        async def bounded() -> Any:
-            async with asyncio.timeout(60):
-                return await main
-
-        with asyncio.Runner(loop_factory=request.param) as runner:
-            return runner.run(bounded())
-
-    return run
 
 
 @pytest.fixture(autouse=True)
@@ -45,11 +23,6 @@ def _no_proxies_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
-    return Certificates(tmp_path_factory.mktemp("certificates"))
 
 
 async def echo(connection: Connection) -> None:
@@ -147,12 +120,15 @@ def test_proxies_that_do_not_work(run: Run) -> None:
         for scheme in ("http", "socks5h"):
             error = await fails(through(1, f"{scheme}://me:hunter2@127.0.0.1:{port}"))
             assert f"the proxy {scheme}://127.0.0.1:{port}" in error.what
+            assert error.stage == "reach"
         for answer, word in (
             (b"HTTP/1.1 403 Forbidden\r\n\r\n", "forbids"),
             (b"SSH-2.0\r\n", "no HTTP answer"),
         ):
             async with server(answering(answer)) as port:
-                assert word in (await fails(through(1, f"http://127.0.0.1:{port}"))).what
+                error = await fails(through(1, f"http://127.0.0.1:{port}"))
+                assert word in error.what
+                assert error.stage == "upgrade"
         async with server(silent) as port:
             for scheme in ("http", "socks5"):
                 recipe = Wss(
@@ -160,7 +136,9 @@ def test_proxies_that_do_not_work(run: Run) -> None:
                     proxy=Secret(f"{scheme}://127.0.0.1:{port}"),
                     connect_timeout=Duration(0.3),
                 )
-                assert f"the proxy {scheme}://127.0.0.1:{port} does not answer" in (await fails(recipe)).what
+                error = await fails(recipe)
+                assert f"the proxy {scheme}://127.0.0.1:{port} does not answer" in error.what
+                assert error.stage == "upgrade"
         for wrong in (
             "https://me:hunter2@p",
             "ftp://p",

@@ -28,6 +28,7 @@ VERBS = {
     "run": "Run the pipelines of a file.",
     "lint": "Check files without connecting to anything.",
     "check": "Connect every connection of a file; move no data.",
+    "doctor": "Say which endpoints work, which would be used, and why not the others.",
     "bundle": "Look into a bundle that the platform gave out.",
     "plugins": "List what is installed, and what is broken.",
     "pub": "Publish messages.",

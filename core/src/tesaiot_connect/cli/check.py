@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from ..errors import ConnectorError
+from ..errors import ConnectorError, Refused
 from . import UNREACHABLE, logs, options
-from .target import aside, bundle, is_bundle
+from .target import aside, connections
 
 if TYPE_CHECKING:
     from ..client import MqttConnection
+    from ..dialing import Attempt
 
 
 @click.command("check")
@@ -29,43 +31,56 @@ def command(
 
     FILE is a pipeline file, or the folder of a bundle.
 
+    Below a connection stands which endpoints failed before that one, and which are left out;
+    `doctor` looks closer. As with `run`, what works and what fails is remembered
+    for the next connection.
+
     Uses a client id of its own (the configured one with "-check" at its end), so that a
     pipeline that is running keeps its session. Exits 69 if a connection cannot be made.
     """
-    connections = _connections(file, overrides, env_file)
+    found = list(connections([file], overrides, env_file).values())
     logs.configure("human", log_level, debug=ctx.obj["debug"])
-    if not connections:
+    if not found:
         click.echo(f"{file}: right, and has no connections")
         return
-    width = max(len(connection.name) for connection in connections)
-    failed = asyncio.run(_check_all(connections, width))
+    width = max(len(connection.name) for connection in found)
+    failed = asyncio.run(_check_all(found, width))
     ctx.exit(UNREACHABLE if failed else 0)
 
 
-def _connections(file: str, overrides: tuple[str, ...], env_file: str | None) -> list[MqttConnection]:
-    if is_bundle(file):
-        return [bundle(file, overrides, env_file)]
-    from ..config import load
-
-    found = load(file, overrides=overrides, env_file=env_file, need_pipelines=False)
-    return list(found.connections.values())
-
-
-async def _check_all(connections: list[MqttConnection], width: int) -> int:
-    results = await asyncio.gather(*(_check(connection) for connection in connections))
-    for connection, (good, text) in zip(connections, results, strict=True):
+async def _check_all(found: Sequence[MqttConnection], width: int) -> int:
+    results = await asyncio.gather(*(_check(connection) for connection in found))
+    for connection, (good, text, beside) in zip(found, results, strict=True):
         click.secho(f"{connection.name:{width}}  {text}", fg=None if good else "red")
-    return sum(not good for good, _ in results)
+        for line in beside:
+            click.secho(f"{'':{width}}  {line}", fg="yellow")
+    return sum(not good for good, _, _ in results)
 
 
-async def _check(connection: MqttConnection) -> tuple[bool, str]:
-
+async def _check(connection: MqttConnection) -> tuple[bool, str, list[str]]:
+    """Whether it works, how, and what became of its other endpoints."""
     began = time.monotonic()
-    try:
+    mute: list[str] = []
+    most = len(getattr(connection.dialer, "endpoints", ())) or 1
+    while True:
         async with aside(connection, "check") as client:
-            await client.connected(once=True)
+            try:
+                await client.connected(once=True)
+            except ConnectorError as error:
+                status = client.status
+                # a broker that does not answer CONNECT: the next dial prefers another endpoint, as in a run
+                if not error.attempts and not isinstance(error, Refused) and len(mute) < most - 1:
+                    mute.append(f"{status.url} failed: {error}")
+                    continue
+                left_out = [_told(one) for one in status.attempts if one.outcome == "left out"]
+                return False, str(error), [*mute, *left_out]  # the error has the reasons of the others
             status = client.status
-    except ConnectorError as error:
-        return False, str(error)
-    elapsed = (time.monotonic() - began) * 1000
-    return True, f"ok  {status.endpoint} by {status.transport}, MQTT {status.version}, {elapsed:.0f} ms"
+        elapsed = (time.monotonic() - began) * 1000
+        how = f"ok  {status.endpoint} by {status.transport}, MQTT {status.version}, {elapsed:.0f} ms"
+        return True, how, [*mute, *(_told(one) for one in status.attempts if one.outcome != "won")]
+
+
+def _told(attempt: Attempt) -> str:
+    reason = attempt.reason.removeprefix(f"{attempt.endpoint}: ")
+    fix = f". {attempt.fix}" if attempt.fix else ""
+    return f"{attempt.endpoint} {attempt.outcome}: {reason}{fix}"

@@ -1,12 +1,13 @@
-"""Where `pub` and `sub` connect to: a URL, a bundle, or a connection of a file.
+"""What a command connects to: URLs, bundles, or connections of files.
 
-Owns: the options that say it. Rule: a URL takes the same keys as a connection's table, by --set.
+Owns: the options of `pub` and `sub` that say it. Rule: a URL takes the same keys as a connection's table, by
+--set.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,14 +62,53 @@ def client(target: str, file: str | None, overrides: tuple[str, ...], env_file: 
         chosen = found.options
         if chosen.client_id and not any(one.partition("=")[0].strip() == "client_id" for one in overrides):
             chosen = attrs.evolve(chosen, client_id=f"{chosen.client_id}-cli", clean_session=True)
-        return Client(found.dialer, chosen, auth=found.auth, name=target)
+        return Client(found.dialer, chosen, auth=found.auth, name=target.partition("?")[0])
     known = load(file, overrides=overrides, env_file=env_file, need_pipelines=False).connections
     if target not in known:
-        from ..config.document import nearest
-
-        fix = nearest(target, known, "connections")
-        raise ConfigError([Problem(file, 0, "", f"there is no connection {target!r}", fix)])
+        raise _unknown(file, target, known)
     return aside(known[target], "cli")
+
+
+def connections(
+    targets: Sequence[str], overrides: tuple[str, ...], env_file: str | None, name: str | None = None
+) -> dict[str, MqttConnection]:
+    """Every connection of the files, bundles and URLs, by the names to show; URLs are the endpoints of one.
+
+    `name` is the one to take of the files. Raises ConfigError.
+    """
+    from ..config import connection, load
+
+    found: dict[str, MqttConnection] = {}
+    urls = [one for one in targets if "://" in one]
+    paths = [one for one in targets if "://" not in one]
+    files = [one for one in paths if not is_bundle(one)]
+    for path in files:
+        if not Path(path).exists() and ":" in path:
+            what = f"{path!r} is neither a URL, nor a file or folder that is there"
+            raise ConfigError([Problem("command line", 0, "", what, f"Write a URL, such as mqtts://{path}")])
+    for path in paths:
+        label = f"{path}: " if len(paths) > 1 else ""
+        if path not in files:
+            one = bundle(path, overrides, env_file)
+            found[f"{label}{one.name}"] = one
+            continue
+        known = load(path, overrides=overrides, env_file=env_file, need_pipelines=False).connections
+        if name is not None and name not in known and len(files) == 1:
+            raise _unknown(path, name, known)
+        found |= {f"{label}{one}": known[one] for one in known if name in (None, one)}
+    if name is not None and not any(one.name == name for one in found.values()):
+        raise _unknown(", ".join(files) or "command line", name, found)
+    if urls:
+        environ = options.environment(env_file)
+        found["command line"] = connection(*urls, overrides=overrides, environ=environ)
+    return found
+
+
+def _unknown(where: str, name: str, known: Collection[str]) -> ConfigError:
+    from ..config.document import nearest
+
+    fix = nearest(name, known, "connections")
+    return ConfigError([Problem(where, 0, "", f"there is no connection {name!r}", fix)])
 
 
 def is_bundle(target: str) -> bool:

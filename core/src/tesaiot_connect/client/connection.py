@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,7 @@ import msgspec
 from ..errors import ConnectorError, Disconnected, Refused
 from ..message import Message
 from ..mqtt.client import ClientEngine
-from ..mqtt.events import Acknowledged, Closed, Event, Reset, Send, StreamLost, Suback
+from ..mqtt.events import Acknowledged, Closed, Event, Received, Reset, Send, StreamLost, Suback
 from ..mqtt.packets import V5
 from ..mqtt.properties import P
 from ..mqtt.reasons import words
@@ -64,6 +64,12 @@ class Live:
         self.engine = engine
         self.login = login
         self.accepted = False
+        self.answered = False
+        """The broker said anything to CONNECT that was MQTT."""
+        self.departed = False
+        """It was left in order, for another connection."""
+        self.moment: asyncio.Event | None = None
+        """Set whenever something was settled, acknowledged or written, for who waits for a quiet moment."""
         self.closed: Closed | None = None
         self.broken: ConnectorError | None = None
         """How the transport failed; what the engine has in `closed` says more."""
@@ -80,8 +86,15 @@ class Live:
         self._unexpected: BaseException | None = None
         self._over = False
         self._flushing = False
+        self._silent = False
+        """The broker stopped answering: it would not answer a close either."""
+        self._held = False
+        """Nothing more is published or subscribed here."""
+        self._reading = asyncio.Event()
+        """Cleared while the control stream is not to be read on."""
+        self._reading.set()
         self._waiting = 0
-        """Readers that wait for room."""
+        """Readers that stand still."""
         self._handle: Handle
         self._reader: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -101,7 +114,7 @@ class Live:
 
     def accept(self, placement: Placement | None) -> None:
         """CONNACK came: from now on streams may be opened as `placement` wants them."""
-        self.accepted = True
+        self.accepted = self.answered = True
         self.arm()
         if placement is None or not self.connection.multistream:
             return
@@ -173,17 +186,63 @@ class Live:
         if self._data is not None:
             await self._data.finish(_FLUSH)
 
+    # --- leaving it for another one -------------------------------------------------------
+
+    @property
+    def idle(self) -> bool:
+        """Whether the broker owes no answer to what was published and subscribed."""
+        return not self.engine.in_flight and not self._subacks
+
+    @property
+    def fixed(self) -> bool:
+        """Whether a subscription lives on a data stream, and would end with this connection."""
+        return any(inbox.stream for inbox in self._switchboard.inboxes)
+
+    def hold(self) -> None:
+        """From now on what is published and subscribed waits, until `release` or for the next connection."""
+        self._held = True
+
+    def stop_reading(self) -> None:
+        """Nothing more is delivered until `release`."""
+        self._reading.clear()
+
+    def release(self) -> None:
+        self._held = False
+        self._reading.set()
+        if self.up:
+            self.subscribe()
+            self.flush()
+
+    def depart(self) -> None:
+        """Says DISCONNECT, for another connection that goes on with the session; `serve` returns when the
+        broker has closed, which proves that it read all, or takes too long. Until then QoS 0 messages
+        that were on their way are delivered, since no session keeps them."""
+        self.departed = self._flushing = True
+        self.engine.disconnect()
+        self.absorb(self.engine.take_events())
+        self._reading.set()
+        self._control.wake.set()
+
+    async def _salvage(self, data: bytes) -> None:
+        if messages := self.engine.salvage(data):
+            await self._handle([Received(0, messages, [0] * len(messages), 0)], len(data))
+        if self._switchboard.full:
+            await self._stand_still(self._switchboard.room())
+
     # --- messages and subscriptions -------------------------------------------------------
 
     def flush(self) -> None:
         """Offers what waits to be published, and has the writers look."""
+        if self.moment is not None:
+            self.moment.set()
+        ready = self.up and not self._held
         if self._data is None:
-            if self.up:
+            if ready:
                 self._outbox.offer(self.publish)
             if self.engine.has_output:
                 self._control.wake.set()
             return
-        if self.up:
+        if ready:
             self._offer_lanes(self._data)
         self.notify()
 
@@ -199,6 +258,8 @@ class Live:
 
     def notify(self) -> None:
         """Has those writers look that have something to write."""
+        if self.moment is not None:
+            self.moment.set()
         if self._data is None:
             self._control.wake.set()
             return
@@ -245,6 +306,8 @@ class Live:
         Identifiers are used among several inboxes, and then for all, since the broker may send a
         message once for all subscriptions it matches.
         """
+        if self._held:
+            return False
         engine, asked = self.engine, tuple(self._subacks.values())
         inboxes = self._switchboard.inboxes
         usable = engine.connack is None or engine.connack.properties.get(P.SUBSCRIPTION_IDS_AVAILABLE, 1)
@@ -331,6 +394,7 @@ class Live:
         self.absorb(events)
         for event in events:
             if isinstance(event, Closed):
+                self._silent = True
                 self.end(event)
         self.notify()
         self.arm()
@@ -351,7 +415,14 @@ class Live:
                 else:
                     self.broken = self.broken or error
                 return
+            if data and not number and not self._reading.is_set():
+                await self._stand_still(self._reading.wait())
             now = clock()
+            if self.departed and not number:
+                if not data:
+                    return
+                await self._salvage(data)
+                continue
             if not data:
                 await self._handle(engine.stream_eof(number, now=now), 0)
                 self.flush()
@@ -361,19 +432,19 @@ class Live:
             count, acknowledged = await self._handle(events, len(data))
             self.flush()
             if switchboard.full:
-                await self._until_room()
+                await self._stand_still(switchboard.room())
             if pause := coalescer.pause(len(data), count, acknowledged, now):
                 if pausable is not None:
                     pausable.pause()
                 await asyncio.sleep(pause)
                 coalescer.resumed(clock())
 
-    async def _until_room(self) -> None:
+    async def _stand_still(self, wait: Awaitable[object]) -> None:
         """A reader waits, and perhaps others do: silence that is ours does not count."""
         self._waiting += 1
         self.engine.pause_reading(self._loop.time())
         try:
-            await self._switchboard.room()
+            await wait
         finally:
             self._waiting -= 1
             if not self._waiting:
@@ -398,7 +469,12 @@ class Live:
                     elif isinstance(output, Reset):
                         stream.abort(output.code)
                         return
+                    elif self._silent:
+                        self.connection.abort(output.code)
+                        return
                     else:
+                        if self.departed and self._reader is not None:
+                            await asyncio.wait((self._reader,), timeout=_FLUSH)
                         await self.connection.aclose(output.code)
                         return
                 if wrote:

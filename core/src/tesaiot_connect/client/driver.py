@@ -1,8 +1,7 @@
 """The asyncio driver: an engine over any connection, again and again.
 
 Owns: dialling, reconnecting, subscribing and reading. Rules: it knows neither transports nor
-files; no per-message await or callback; while a reader lags, the socket waits; nothing is
-acknowledged before its delivery is settled, except what nobody subscribed to.
+files; no per-message await or callback; while a reader lags, the socket waits.
 """
 
 from __future__ import annotations
@@ -13,11 +12,12 @@ import logging
 import math
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from typing import NoReturn, Self, TypeVar
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Self
 
-from ..errors import ConnectFailed, ConnectorError, Disconnected, Refused
-from ..message import Batch, Delivery, Message
+from ..dialing import Dialer
+from ..errors import ConnectorError, Disconnected, Refused
+from ..message import Message
 from ..mqtt.client import ClientEngine
 from ..mqtt.events import AuthChallenge, Closed, Connected, Event, Received, Send, Suback
 from ..mqtt.packets import V3, V5, Connack, Connect, Subscription
@@ -25,21 +25,17 @@ from ..mqtt.properties import P
 from ..mqtt.reasons import R
 from ..mqtt.session import Session
 from ..mqtt.topics import check_filter
-from ..protocols import (
-    Auth,
-    ByteStream,
-    ClientCertificate,
-    Connection,
-    Credentials,
-    Dialer,
-    RotatingAuth,
-)
+from ..protocols import Auth, ByteStream, ClientCertificate, Connection, Credentials
 from .connection import Live
+from .deliveries import Deliveries
 from .handshake import connect_packet, explain
-from .inbox import Inbox, LazyReader, Switchboard
+from .inbox import LazyReader, Switchboard
+from .logins import Logins, cancelled
+from .moving import Prepared
 from .options import ClientOptions, ClientState, ClientStatus
 from .outbox import Outbox
 from .placement import Placement
+from .ways import Ways
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +43,8 @@ _STABLE = 5.0
 """Seconds a connection must last for the reconnect delay to start afresh."""
 _LEAVE = 5.0
 """Seconds leaving may take while the broker does not read."""
-
-T = TypeVar("T")
+_PARTING = 1.0
+"""The same of a connection that is left for another anyway, or has a CONNECT without an answer."""
 
 OnState = Callable[[ClientState, ConnectorError | None], None]
 
@@ -73,19 +69,32 @@ class Client:
         name: str = "",
         on_state: OnState | None = None,
     ) -> None:
-        """`on_state` is called with each state, in order, and with the error that ended the one
-        before, if one did; it must be quick and not raise."""
-        self._dialer = dialer
+        """Where `dialer` is a `NegotiatingDialer`, the client moves to what that finds to be better, as
+        long as the session outlives the change: nobody who reads or publishes notices. QoS 0
+        messages that come meanwhile are lost, unless the broker keeps them.
+
+        `on_state` is called with each state, in order, and with the error that ended the one
+        before, if one did; it must be quick and not raise. A move is "connecting", then "connected"
+        with one more in `status.moves`; so is a way that went silent, behind a "waiting" that takes no time.
+        """
         self._on_state = on_state
         self._options = options or ClientOptions()
-        self._auth = auth
         self._keep_session = bool(self._options.client_id) and not self._options.clean_session
         self._client_id = self._options.client_id or f"tesaiot-{secrets.token_hex(8)}"
         self._name = name or self._client_id
+        self._logins = Logins(self._name, auth, self._options)
         self._version = V3 if self._options.protocol == "3.1.1" else V5
         self._session = Session()
         self._switchboard = Switchboard()
         self._outbox = Outbox()
+        self._deliveries = Deliveries(
+            self._name,
+            self._session,
+            self._switchboard,
+            current=lambda: self._live,
+            again=self._reconnect,
+        )
+        self._ways = Ways(self._name, dialer, self._logins, self._deliveries)
         self._placement: Placement | None = None
         if self._options.streams not in ("single", ()):
             self._placement = Placement(self._options, keep_session=self._keep_session)
@@ -95,8 +104,6 @@ class Client:
         self._connack: Connack | None = None
         self._fatal: Refused | None = None
         self._failure: ConnectorError | None = None
-        self._unsettled: dict[int, tuple[Inbox, ...]] = {}
-        """Tokens of what was received, and who was given it."""
         self._changed = asyncio.Event()
         """Set and replaced whenever the state changes."""
         self._closing = False
@@ -107,8 +114,6 @@ class Client:
         """When the present or latest connection was accepted, on the loop's clock."""
         self._connects = 0
         self._received = 0
-        self._endpoint = ""
-        self._transport = ""
 
     async def __aenter__(self) -> Self:
         self._opened = True
@@ -119,14 +124,20 @@ class Client:
         closed = Disconnected(f"the client {self._name} was closed")
         for inbox in self._switchboard.inboxes:
             inbox.close(closed)
-        live, task = self._live, self._task
+        task = self._task
         try:
-            if task is not None and live is not None and live.up:
-                await live.leave()
+            await self._ways.close()
+            live = self._live
+            # a broker that has accepted a CONNECT and not said so yet has the will
+            said = live is not None and (live.accepted or self._options.will is not None)
+            if task is not None and live is not None and said and live.closed is None:
+                patience = _LEAVE if live.up else _PARTING
+                if live.up:
+                    await live.leave()
                 ends = not self._keep_session and self._version == V5
                 live.engine.disconnect(properties={P.SESSION_EXPIRY: 0} if ends else {})
                 live.notify()
-                await asyncio.wait([task], timeout=_LEAVE)
+                await asyncio.wait([task], timeout=patience)
         finally:
             self._outbox.fail(closed)
             self._set_state("closed")
@@ -158,7 +169,7 @@ class Client:
         inbox = self._switchboard.open(wanted, max_messages=max_messages, max_bytes=max_bytes)
         live = self._live
         if live is not None and live.up:
-            if any(one.closed for inboxes in self._unsettled.values() for one in inboxes):
+            if self._deliveries.left:
                 self._reconnect(live, "a subscription that was closed left messages unsettled")
             else:
                 live.subscribe()
@@ -206,11 +217,15 @@ class Client:
             state=self._state,
             since=self._since,
             client_id=self._client_id,
-            endpoint=self._endpoint,
-            transport=self._transport,
+            endpoint=self._ways.peer.address,
+            url=self._ways.url,
+            transport=self._ways.peer.transport,
             version="5" if self._version == V5 else "3.1.1",
             session_present=self._connack.session_present if self._connack else False,
             connects=self._connects,
+            moves=self._ways.moves,
+            better_after=self._ways.better_after if self._state == "connected" else None,
+            attempts=self._ways.attempts,
             received=self._received,
             published=self._outbox.published,
             streams=self._live.streams if self._live is not None else 0,
@@ -233,13 +248,16 @@ class Client:
         delays = self._options.reconnect.delays()
         taken_over = False
         while True:
+            departed = False
             self._set_state("connecting")
             self._up_since = math.inf
             delay = None
             try:
-                await self._connect_and_serve()
+                await self._connect_and_serve(self._ways.take())
+                departed = True
             except Refused as error:
                 self._note(error)
+                self._ways.drop()
                 if error.reason_code == R.UNSUPPORTED_PROTOCOL_VERSION and self._fall_back():
                     continue
                 again = taken_over and not self._stable
@@ -252,7 +270,7 @@ class Client:
             except ConnectorError as error:
                 self._note(error)
             except (Exception, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and self._cancelled():
+                if isinstance(error, asyncio.CancelledError) and cancelled():
                     raise
                 self._note(Disconnected(f"this attempt failed in an unexpected way: {error!r}"), error)
             if self._closing:
@@ -261,37 +279,19 @@ class Client:
                 self._version = V5
             if self._stable:
                 delays = self._options.reconnect.delays()
-            delay = next(delays) if delay is None else delay
+                self._ways.lasted()
+            if departed:
+                continue
             self._set_state("waiting")
-            log.info("%s: trying again in %.1f s", self._name, delay)
-            await self._pause(delay)
-
-    async def _pause(self, delay: float) -> None:
-        """Before the next attempt; shorter when the auth has other credentials meanwhile."""
-        begun = self._now()
-        auth: object = self._auth
-        if isinstance(auth, RotatingAuth):
-            try:
-                async with asyncio.timeout(delay):
-                    await auth.changed()
-                log.info("%s: the credentials have changed, trying again now", self._name)
-                delay = min(delay, float(self._options.reconnect.min))
-            except TimeoutError:
-                pass
-            except (Exception, asyncio.CancelledError) as error:
-                if isinstance(error, asyncio.CancelledError) and self._cancelled():
-                    raise
-                log.warning("%s: cannot tell when the credentials change: %r", self._name, error)
-        await asyncio.sleep(max(0.0, begun + delay - self._now()))
+            if not self._ways.at_once():
+                delay = next(delays) if delay is None else delay
+                log.info("%s: trying again in %.1f s", self._name, delay)
+                await self._logins.pause(delay)
 
     @property
     def _stable(self) -> bool:
         """Whether the latest connection lasted."""
         return self._now() - self._up_since > _STABLE
-
-    def _cancelled(self) -> bool:
-        """Whether this client is cancelled, and not something that an auth or a transport awaits."""
-        return self._task is None or self._task.cancelling() > 0
 
     @staticmethod
     def _now() -> float:
@@ -311,24 +311,32 @@ class Client:
             return True
         return False
 
-    async def _connect_and_serve(self) -> NoReturn:
-        """One connection from dialling to its end. Raises Disconnected or Refused at the end."""
-        self._forget_dropped()
-        auth = self._auth
-        login = await self._ask(auth.begin()) if auth is not None else None
-        identity = await self._ask(auth.identity()) if auth is not None else None
-        credentials = login.credentials if login is not None else Credentials()
-        engine = self._engine(
-            connect_packet(
-                self._options,
-                credentials,
-                client_id=self._client_id,
-                version=self._version,
-                keep_session=self._keep_session,
-                first=not self._connects,
+    async def _connect_and_serve(self, prepared: Prepared | None) -> None:
+        """One connection from dialling, unless it is there already, to its end. Returns when it was left for
+        a better one, else raises Disconnected or Refused."""
+        self._deliveries.forget_dropped()
+        login, identity = (prepared.login, None) if prepared is not None else (None, None)
+        try:
+            if prepared is None or not prepared.asked:
+                login = await self._logins.begin()
+            if prepared is None:
+                identity = await self._logins.identity()
+            credentials = login.credentials if login is not None else Credentials()
+            engine = self._engine(
+                connect_packet(
+                    self._options,
+                    credentials,
+                    client_id=self._client_id,
+                    version=self._version,
+                    keep_session=self._keep_session,
+                    first=not self._connects,
+                )
             )
-        )
-        connection, stream, first = await self._dial(engine, identity)
+            connection, stream, first = await self._dial(engine, identity, prepared)
+        except BaseException:
+            if prepared is not None:
+                prepared.abort()
+            raise
         live = Live(
             self._name,
             connection,
@@ -339,27 +347,30 @@ class Client:
             switchboard=self._switchboard,
             first=first,
         )
+
         try:
             connection.set_keepalive(self._options.keepalive)
-            self._endpoint = connection.peer.address
-            self._transport = connection.peer.transport
             self._live = live
             await live.serve(lambda events, size: self._handle(live, events, size))
         finally:
             self._live = None
             live.gone()
             connection.abort()
+            await self._ways.left()
+        if live.departed:
+            return
         broken = live.broken or Disconnected("the broker closed the connection")
-        raise explain(
+        error = explain(
             live.closed or Closed(None, broken.what, True, False),
-            broker=self._endpoint,
+            broker=connection.peer.address,
             client_id=self._client_id,
             accepted=live.accepted,
-            origin=credentials.origin or (f"the `auth` table of {self._name}" if self._auth else ""),
+            origin=credentials.origin or self._logins.origin,
             may_fall_back=self._options.protocol == "auto" and self._version == V5 and not broken.fix,
             version=self._version,
             fix=broken.fix,
         )
+        raise self._ways.judge(live, error)
 
     def _engine(self, connect: Connect) -> ClientEngine:
         """With CONNECT in its output, and behind it what may be published early."""
@@ -378,47 +389,17 @@ class Client:
         return engine
 
     async def _dial(
-        self, engine: ClientEngine, identity: ClientCertificate | None
+        self, engine: ClientEngine, identity: ClientCertificate | None, prepared: Prepared | None
     ) -> tuple[Connection, ByteStream, bytes]:
         """A connection with its first stream, and what is still to be written there first."""
         early = b"".join(output.data for output in engine.outputs() if isinstance(output, Send))
         try:
-            connection = await self._dialer.connect(identity=identity, early=early)
-            try:
-                stream = await connection.open_stream()
-            except BaseException:
-                connection.abort()
-                raise
+            connection, stream = await self._ways.open(prepared, identity, early)
         except BaseException:
             self._outbox.put_back(engine.withdraw())
             raise
         engine.opened(self._now())
         return connection, stream, b"" if connection.early_sent else early
-
-    async def _ask(self, answer: Awaitable[T]) -> T:
-        """An answer of the auth, which has as long as the broker has for its own."""
-        seconds = self._options.connect_timeout
-        try:
-            async with asyncio.timeout(seconds) as deadline:
-                return await answer
-        except TimeoutError as error:
-            if not deadline.expired():
-                raise
-            raise ConnectFailed(
-                f"the `auth` of this connection gave no answer within {seconds:g} s",
-                fix="see what it waits for, or raise `connect_timeout`",
-            ) from error
-
-    def _forget_dropped(self) -> None:
-        """Between connections: QoS 2 messages that nobody will settle are new when they come again."""
-        self._unsettled = {
-            token: inboxes
-            for token, inboxes in self._unsettled.items()
-            if not any(inbox.closed for inbox in inboxes)
-        }
-        unsettled = self._session.unsettled
-        for packet_id in [one for one, token in unsettled.items() if token not in self._unsettled]:
-            del unsettled[packet_id]
 
     def _reconnect(self, live: Live, why: str) -> None:
         """So that the broker sends again what is not acknowledged."""
@@ -436,64 +417,27 @@ class Client:
             if isinstance(event, Received):
                 count += len(event.messages)
                 acknowledged = acknowledged or event.token > 0
-                self._deliver(live, event, size)
+                self._deliveries.deliver(live, event, size)
             elif isinstance(event, Connected):
                 await self._accepted(live, event.connack)
             elif isinstance(event, Suback):
                 live.subacked(event)
             elif isinstance(event, AuthChallenge):
                 assert live.login is not None
+                live.answered = True
                 if event.final:
-                    await self._ask(live.login.finish(event.data))
+                    await self._logins.answer(live.login.finish(event.data))
                 else:
-                    live.engine.auth(await self._ask(live.login.respond(event.data)))
+                    live.engine.auth(await self._logins.answer(live.login.respond(event.data)))
             elif isinstance(event, Closed):
                 live.finish(event)
         self._received += count
         return count, acknowledged
 
-    def _deliver(self, live: Live, event: Received, size: int) -> None:
-        token = event.token
-
-        async def settle(error: BaseException | None) -> None:
-            if token:
-                self._settle(live, token, error)
-
-        delivery = Delivery(Batch(event.messages, time.time()), settle)
-        news = not self._switchboard.unrouted
-        inboxes = self._switchboard.dispatch(delivery, size)
-        if token and inboxes:
-            self._unsettled[token] = inboxes
-        elif token:
-            live.engine.settle(token)
-            live.notify()
-        if news and self._switchboard.unrouted:
-            log.warning(
-                "%s: messages come that no source of this connection subscribes to, first on %s or after; "
-                "they are counted and dropped",
-                self._name,
-                event.messages[0].topic,
-            )
-
-    def _settle(self, live: Live, token: int, error: BaseException | None) -> None:
-        """`live` brought it; the connection may be another one now."""
-        self._unsettled.pop(token, None)
-        current = self._live
-        if error is not None:
-            # QoS 2 messages of an earlier connection have come again unnoticed
-            again = self._session.forget(token) or current is live
-            if again and current is not None:
-                self._reconnect(current, f"a batch was refused downstream: {error}")
-        elif current is None or not current.up:
-            self._session.settle_unconnected(token)
-        elif current is live or self._session.unsettled:
-            current.engine.settle(token)
-            current.notify()
-
     async def _accepted(self, live: Live, connack: Connack) -> None:
         data = connack.properties.get(P.AUTH_DATA)
         if live.login is not None and data is not None:
-            await self._ask(live.login.finish(data))
+            await self._logins.answer(live.login.finish(data))
         self._connects += 1
         self._up_since = self._now()
         self._connack = connack
@@ -505,17 +449,21 @@ class Client:
             self._switchboard.session_lost()
         if self._placement is not None and not live.connection.multistream and not self._told_single:
             self._told_single = True
-            log.info("%s: %s has one stream only: everything goes on it", self._name, self._transport)
+            log.info(
+                "%s: %s has one stream only: everything goes on it", self._name, self._ways.peer.transport
+            )
         told = "session kept" if connack.session_present else "new session"
         if live.subscribe():
             told += ", subscribing"
         elif self._switchboard.inboxes:
             told += ", not subscribing again"
+        how, choice = self._ways.accepted(live, connack)
         self._set_state("connected")
-        how = self._transport + _how(live.connection)
-        log.info("%s: connected to %s by %s, %s", self._name, self._endpoint, how, told)
+        log.info("%s: %s, %s%s", self._name, how, told, choice)
 
     def _set_state(self, state: ClientState) -> None:
+        if self._state == "closed":  # leaving was cancelled, and what it waited for goes on for a moment
+            return
         self._state = state
         self._since = time.time()
         self._announce()
@@ -525,13 +473,3 @@ class Client:
     def _announce(self) -> None:
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-def _how(connection: Connection) -> str:
-    """What is worth telling about a connection's handshake."""
-    quic = connection.status().quic
-    if quic is None:
-        return ""
-    if quic.early_data_accepted:
-        return ", resumed with 0-RTT"
-    return ", resumed" if quic.resumed else ""

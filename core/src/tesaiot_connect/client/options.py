@@ -10,6 +10,7 @@ from typing import Any, Literal
 import attrs
 
 from ..backoff import Backoff
+from ..dialing import Attempt
 from ..errors import ProtocolError
 from ..mqtt.topics import check_filter, check_topic
 from ..protocols import ConnectionStatus, Duration, Size
@@ -182,18 +183,32 @@ ClientState = Literal["idle", "connecting", "connected", "waiting", "closed"]
 
 @attrs.frozen
 class ClientStatus:
-    """A snapshot of a client. `since` is when the state began, in seconds since the epoch."""
+    """A snapshot of a client: which way it is connected and since when, what was tried, what it did.
+
+    `since` is when the state began, in seconds since the epoch.
+    """
 
     name: str
     state: ClientState
     since: float
     client_id: str
     endpoint: str = ""
+    """Address of the other end: "host:port"."""
+    url: str = ""
+    """That endpoint as configured; empty where the dialer does not tell."""
     transport: str = ""
     version: str = ""
     session_present: bool = False
     connects: int = 0
     """Connections that were accepted so far."""
+    moves: int = 0
+    """Those of them that took the place of a connection by a way that is less preferred."""
+    better_after: float | None = None
+    """When an attempt at a preferred endpoint is due, in seconds since the epoch; None while not connected,
+    and where there is no such endpoint or no move to it."""
+    attempts: tuple[Attempt, ...] = ()
+    """The endpoints that were tried for the present connection or, while there is none, in the latest
+    attempt; and those that cannot take part, each with the reason."""
     received: int = 0
     published: int = 0
     streams: int = 0

@@ -11,7 +11,8 @@ from collections.abc import AsyncIterator, Callable
 
 import attrs
 
-from ..protocols import Auth, Dialer
+from ..dialing import Dialer
+from ..protocols import Auth
 from .driver import Client
 from .options import ClientOptions
 

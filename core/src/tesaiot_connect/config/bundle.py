@@ -18,6 +18,7 @@ from typing import Any
 
 import attrs
 
+from ..dialing import Attempt
 from ..errors import ConfigError, Problem
 from ..protocols import Url
 from .bundle_files import (
@@ -99,6 +100,8 @@ class Bundle:
     folder: FilePath
     settings: tuple[Setting, ...]
     warnings: tuple[Problem, ...] = ()
+    left_out: tuple[Attempt, ...] = ()
+    """Endpoints that its login keeps from taking part."""
 
     @property
     def device_id(self) -> str:
@@ -131,13 +134,13 @@ def read_bundle(
         reader.read()
     if files.problems:
         raise ConfigError(sorted(files.problems, key=lambda one: (one.file, one.line)))
-    return Bundle(files.folder, tuple(reader.settings), tuple(files.warnings))
+    return Bundle(files.folder, tuple(reader.settings), tuple(files.warnings), tuple(reader.left_out))
 
 
-def lay_under(doc: Document, path: Path, table: dict[str, Any], folder: FilePath) -> tuple[Problem, ...]:
+def lay_under(doc: Document, path: Path, table: dict[str, Any], folder: FilePath) -> Bundle:
     """Fill a connection's table, at `path` of the document, with what only its bundle has.
 
-    Returns warnings. Raises ConfigError.
+    Raises ConfigError.
     """
     bundle = read_bundle(folder, doc.environ, given=table)
     for setting in bundle.settings:
@@ -146,7 +149,7 @@ def lay_under(doc: Document, path: Path, table: dict[str, Any], folder: FilePath
             found = setting.found
             if found is not None and found.file:
                 doc.came_from((*path, *setting.path), found.file, found.line, found.key)
-    return bundle.warnings
+    return bundle
 
 
 def _put(table: dict[str, Any], setting: Setting) -> None:
@@ -164,6 +167,7 @@ class _Reader:
 
     def __init__(self, files: BundleFiles, given: Mapping[str, Any]) -> None:
         self.settings: list[Setting] = []
+        self.left_out: list[Attempt] = []
         self._files = files
         self._folder = files.folder
         self._given = given
@@ -320,8 +324,10 @@ class _Reader:
         kept = [one for one in found if not (mtls and _scheme(one.value) in _QUIC)]
         for one in found:
             if one not in kept:
-                what = f"{one.value} is left out: QUIC takes no client certificate here"
-                self._files.warnings.append(Problem(one.file, one.line, one.key, what, "TLS 8883 does"))
+                why, fix = "QUIC takes no client certificate here", "TLS 8883 does"
+                what = f"{one.value} is left out: {why}"
+                self._files.warnings.append(Problem(one.file, one.line, one.key, what, fix))
+                self.left_out.append(Attempt(str(one.value), "left out", reason=why, fix=fix))
         if found and not kept:
             what = "the bundle has QUIC endpoints alone, and a client certificate needs mqtts:// or wss://"
             self._files.wrong("endpoints", what, 'Add endpoints = ["mqtts://<host>:8883"] beside `bundle`')
@@ -377,7 +383,7 @@ class _Reader:
         source = (
             host.origin.partition(":")[0] + ": " + ", ".join(parts) if host.key == "host" else host.origin
         )
-        first = attrs.evolve(host, value=str(Url(scheme, name, number, way)), origin=source)
+        first = attrs.evolve(host, value=Url(scheme, name, number, way).reveal(), origin=source)
         if carrier != "quic":
             return [first]
         fallback = Found(str(Url("mqtts", name, 8883)), "default: where QUIC does not get through")

@@ -17,22 +17,21 @@ import attrs
 
 from ..backoff import Backoff
 from ..client import ClientOptions, MqttConnection
+from ..dialing import Attempt
 from ..errors import ConfigError, PluginError, Problem
-from ..negotiation import InOrder
+from ..negotiation import NegotiationOptions, Negotiator
 from ..pipeline import OnError, PipelineSpec, SinkSpec, SourceSpec, TopicFields
-from ..plugins import PACKAGES, Catalog, Kind, load as load_catalog
-from ..protocols import Auth, Process, Serializer, Transport, Url
+from ..plugins import Catalog, Kind, load as load_catalog
+from ..protocols import Auth, Process, Serializer, Url
 from . import checks, security
 from .bundle import SECURED, lay_under
 from .document import Document, Text, nearest, read_env_file, show
+from .endpoints import ALIASES, choose
 from .lines import Path
 from .process import load_process
 from .structure import Reported, Wrong, converter, keys, structure
 
 log = logging.getLogger(__name__)
-
-ALIASES = {"mqtt-quic": "quic", "mqtt+quic": "quic"}
-"""Other spellings of URL schemes."""
 
 SECTIONS = ("security", "connections", "sources", "sinks", "pipelines")
 """The tables of a pipeline file."""
@@ -104,27 +103,29 @@ class Composer:
         table = self.doc.data.get("security", {})
         self.security = self.structure(("security",), table, security.SecurityOptions) or self.security
 
-    def secured(
+    def judged(
         self, recipe: Any, table: Mapping[str, Any], place: Callable[[Path], Path], *, listener: bool = False
-    ) -> Any:
-        """A transport's recipe as the policy has it, None if it does not keep it.
+    ) -> tuple[Any, list[Problem]]:
+        """A transport's recipe as the policy has it, and everything in it that the policy forbids.
 
         `place` says where a key of its table stands in the document.
         """
-        options, kept = self.security, True
+        options = self.security
+        forbidden: list[Problem] = []
+        findings: list[security.Finding] = []
         recipe = security.raised(recipe, table, options.level)
         for one in security.judge(recipe, listener=listener):
             found = self.doc.note(place(one.key), one.message, one.fix)
             if found.file != self.doc.file:
                 found = attrs.evolve(found, fix=SECURED.get(found.key, one.fix))
             if one.level > options.level:
-                self.findings.append(security.Finding(one.level, found))
+                findings.append(security.Finding(one.level, found))
                 continue
-            kept = False
-            found = attrs.evolve(found, message=f'{one.message}, which the policy "{options.policy}" forbids')
-            if found not in self.doc.problems:
-                self.doc.problems.append(found)
-        return recipe if kept else None
+            words = f'{one.message}, which the policy "{options.policy}" forbids'
+            forbidden.append(attrs.evolve(found, message=words))
+        if not forbidden:
+            self.findings += findings
+        return recipe, forbidden
 
     def tables(self, section: str) -> Iterator[tuple[str, Path, dict[str, Any]]]:
         """Name, path and keys of every `[section.<name>]`."""
@@ -176,98 +177,43 @@ class Composer:
     # --- connections ----------------------------------------------------------------------
 
     def connection(self, name: str, path: Path, table: dict[str, Any]) -> MqttConnection | None:
-        """`[connections.<name>]`: endpoints, auth, tls, and every key of ClientOptions."""
+        """`[connections.<name>]`: endpoints, auth, tls, the keys of ClientOptions and NegotiationOptions."""
         own = ("bundle", "endpoints", "auth", "tls")
         written = table.keys() & {"tls"}
-        whole = "bundle" not in table or self._unpack(path, table)
-        rest = {key: value for key, value in table.items() if key not in own}
-        options: ClientOptions | None = self.structure(path, rest, ClientOptions, also=own)
-        if not whole:
+        left_out = self._unpack(path, table) if "bundle" in table else ()
+        choosing = keys(NegotiationOptions)
+        rest = {key: value for key, value in table.items() if key not in (*own, *choosing)}
+        options: ClientOptions | None = self.structure(path, rest, ClientOptions, also=(*own, *choosing))
+        rest = {key: value for key, value in table.items() if key in choosing}
+        negotiation: NegotiationOptions | None = self.structure(path, rest, NegotiationOptions)
+        if left_out is None:
             return None
         auth: Auth | None = None
         if "auth" in table:
             auth = self.component("auth", (*path, "auth"), table["auth"])
-        endpoints = table.get("endpoints")
-        transports: list[Transport | None] = []
-        if isinstance(endpoints, list) and endpoints:
-            absent = [self._absent(endpoint) for endpoint in endpoints]
-            for index, endpoint in enumerate(endpoints):
-                place = (*path, "endpoints", index)
-                if (missing := absent[index]) is not None and not all(absent):
-                    self.warnings.append(self.doc.note(place, f"left out: {missing.what}", missing.fix))
-                else:
-                    transports.append(self._endpoint(place, endpoint, table.get("tls")))
-        else:
-            what = "the key `endpoints` is missing" if endpoints is None else "expected an array of URLs"
-            where = path if endpoints is None else (*path, "endpoints")
-            example = f'"{endpoints}"' if isinstance(endpoints, str) else '"mqtts://broker.example:8883"'
-            self.doc.problem(where, what, f"Write endpoints = [{example}], best first")
-        dialed = [transport for transport in transports if transport is not None]
+        chosen = choose(self, (*path, "endpoints"), table.get("endpoints"), table.get("tls"))
+        dialed = chosen.transports
         if written and dialed and not any("tls" in keys(type(one)) for one in dialed):
             self.doc.problem((*path, "tls"), "no endpoint of this connection has TLS options", "Remove it")
-        if options is None or ("auth" in table and auth is None) or len(dialed) < max(1, len(transports)):
+        if options is None or negotiation is None or ("auth" in table and auth is None) or not chosen.whole:
             return None
-        dialer = InOrder(dialed, timeout=options.connect_timeout)
+        left_out = (*chosen.left_out, *left_out)
+        dialer = Negotiator(dialed, negotiation, timeout=options.connect_timeout, left_out=left_out)
         return MqttConnection(name, dialer, options, auth)
 
-    def _unpack(self, path: Path, table: dict[str, Any]) -> bool:
-        """Fill the table with what only its bundle has; False when something is wrong with that."""
+    def _unpack(self, path: Path, table: dict[str, Any]) -> tuple[Attempt, ...] | None:
+        """Fill the table with what only its bundle has. Gives the endpoints that the bundle leaves out;
+        None when something is wrong with it."""
         folder: FilePath | None = self.structure((*path, "bundle"), table["bundle"], FilePath)
         if folder is None:
-            return False
+            return None
         try:
-            self.warnings += lay_under(self.doc, path, table, folder)
+            bundle = lay_under(self.doc, path, table, folder)
         except ConfigError as error:
             self.doc.problems += [one for one in error.problems if one not in self.doc.problems]
-            return False
-        return True
-
-    def _absent(self, endpoint: Any) -> PluginError | None:
-        """Why no installed plugin serves an endpoint whose scheme is one we know of."""
-        url = endpoint.get("url") if isinstance(endpoint, dict) else endpoint
-        scheme = url.partition("://")[0].lower() if isinstance(url, str) else ""
-        scheme = ALIASES.get(scheme, scheme)
-        if ("transport", scheme) not in PACKAGES:
             return None
-        try:
-            self.catalog.transports(scheme)
-        except PluginError as error:
-            return error
-        return None
-
-    def _endpoint(self, path: Path, value: Any, tls: Any) -> Transport | None:
-        if isinstance(value, str):
-            value = {"url": value}
-        if not isinstance(value, dict):
-            self.doc.problem(path, f"expected a URL, got {show(value)}", 'Write "mqtts://host:8883"')
-            return None
-        rest = {key: item for key, item in value.items() if key not in ("url", "via")}
-        if "url" not in value:
-            self.doc.problem(path, "the key `url` is missing", 'Add url = "mqtts://host:8883"')
-            return None
-        url: Url | None = self.structure((*path, "url"), value["url"], Url)
-        via: str | None = self.structure((*path, "via"), value.get("via", ""), str)
-        if url is None or via is None:
-            return None
-        url, kind = self.transport((*path, "url"), url, via, (*path, "via"))
-        if kind is None:
-            return None
-        inherits = tls is not None and "tls" not in rest and "tls" in keys(kind)
-        if inherits:
-            rest["tls"] = tls
-
-        def moved(place: Path) -> Path:
-            inherited = inherits and place[len(path) : len(path) + 1] == ("tls",)
-            return (*path[:-2], *place[len(path) :]) if inherited else place
-
-        made: Transport | None = self.structure(path, {"url": url, **rest}, kind, also=("via",), moved=moved)
-
-        def place(key: Path) -> Path:
-            written = rest.get("tls")
-            return moved((*path, *key)) if key and isinstance(written, dict) and key[-1] in written else path
-
-        secured: Transport | None = None if made is None else self.secured(made, rest, place)
-        return secured
+        self.warnings += bundle.warnings
+        return bundle.left_out
 
     def transport(self, path: Path, url: Url, via: str, via_path: Path) -> tuple[Url, Any]:
         """The URL with its scheme's usual name, and the transport's class; None if there is none."""
@@ -459,17 +405,16 @@ def bundle_connection(
 
 
 def connection(
-    url: str,
-    *,
+    *urls: str,
     overrides: Iterable[str] = (),
     environ: Mapping[str, str] = os.environ,
     catalog: Catalog | None = None,
 ) -> MqttConnection:
-    """A connection to one URL; `overrides` are "key=value" texts for the keys of its table.
+    """A connection to URLs, best first; `overrides` are "key=value" texts for the keys of its table.
 
     Raises ConfigError.
     """
-    return _alone({"endpoints": [url]}, None, overrides, environ, catalog)
+    return _alone({"endpoints": list(urls)}, None, overrides, environ, catalog)
 
 
 def _alone(

@@ -20,10 +20,12 @@ from typing import Any, Literal, get_args
 import attrs
 
 from ..client import ClientOptions, MqttConnection
+from ..negotiation import NegotiationOptions
 from ..plugins import Catalog, Kind
 from ..protocols import Duration, Secret, Size, Url
 from ..secret import SecretFrom
-from .compose import ALIASES, PipelineTable
+from .compose import PipelineTable
+from .endpoints import ALIASES
 from .security import SecurityOptions
 from .structure import LISTS, TABLES, UNIONS, base_of, key_of
 
@@ -51,6 +53,7 @@ _LEAVES: Mapping[Any, Schema] = {
 def pipeline_schema(catalog: Catalog) -> Schema:
     """Of a file for `run`."""
     connection = table(ClientOptions)
+    connection["properties"] |= table(NegotiationOptions)["properties"]
     connection["properties"] |= {
         "endpoints": {
             "description": "Where the broker is, best first: URLs, or tables with a transport's options.",

@@ -32,7 +32,8 @@ class SecurityOptions:
 
     policy: Policy | None = None
     """"ncsa-1": encrypted, and the server verified by its CA. "ncsa-2": TLS 1.3 at least, too; where no
-    `minimum_version` is set, it is raised. What does not keep it is an error."""
+    `minimum_version` is set, it is raised. An endpoint that does not keep it is left out, with a warning;
+    it is an error where no other endpoint of the connection keeps it, and for a listener."""
 
     @property
     def level(self) -> int:

@@ -163,8 +163,11 @@ def _listener(
         fix = "Add server_tls = { certificate = ..., key = ... }"
         doc.problem(path, f"a listener on {url.scheme}:// needs a certificate", fix)
         return None
-    recipe = composer.secured(recipe, rest, lambda key: (*path, *key) if key else place, listener=True)
-    if recipe is None:
+    recipe, forbidden = composer.judged(
+        recipe, rest, lambda key: (*path, *key) if key else place, listener=True
+    )
+    if forbidden:
+        doc.problems += forbidden
         return None
     hosts = (url.host, *getattr(recipe, "hosts", ()))
     if authenticator is None and composer.security.policy and not all(map(is_loopback, hosts)):

@@ -335,8 +335,12 @@ class Session:
         return asyncio.get_running_loop().time()
 
     def _on_state(self, state: ClientState, error: ConnectorError | None) -> None:
+        if state == "connecting" and self.up:  # a move to a better endpoint: nothing is lost meanwhile
+            return
         was_up, self.up = self.up, state == "connected"
         self.error = None if self.up else error or self.error
+        if self.up and was_up:
+            return
         if self.up:
             assert self._client is not None
             self._notify(Notice("connect", session_present=self._client.status.session_present))

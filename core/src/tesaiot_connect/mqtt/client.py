@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ProtocolError
 from ..message import Message
 from . import codec
+from .decoder import Publishes
 from .events import Acknowledged, AuthChallenge, Closed, Connected, Event, Output, Suback
 from .flow import MAX_WINDOW, Flow, PeerLimits
 from .link import Link
@@ -344,6 +345,22 @@ class ClientEngine:
                 reason_code=R.PROTOCOL_ERROR,
             )
         self._link.disconnect(reason_code, "", properties, orderly=True)
+
+    def salvage(self, data: bytes) -> list[Message]:
+        """After `disconnect`: the QoS 0 messages among what still comes on the control stream. What is to
+        be acknowledged is left out: in a session that is kept it comes again."""
+        found: list[Message] = []
+        for item in self._link.control.decoder.feed(data):
+            if type(item) is Publishes:
+                found += [
+                    one for one, packet_id in zip(item.messages, item.ids, strict=True) if not packet_id
+                ]
+        return found
+
+    @property
+    def in_flight(self) -> int:
+        """QoS 1 and 2 messages that were sent, on any stream, and not acknowledged to the end."""
+        return sum(len(flow.session.outbound) for flow in self._link.flows.values())
 
     @property
     def has_output(self) -> bool:

@@ -292,13 +292,14 @@ class Link:
         self, reason_code: int, text: str, properties: Mapping[P, Any], *, orderly: bool = False
     ) -> None:
         """Says DISCONNECT where the version lets this side say it, then closes. In 3.1.1 only a
-        client says it, and it means that all is well: the will is discarded."""
+        client says it, and it means that all is well: the will is discarded. A client that leaves
+        need not wait for CONNACK with it (MQTT 5 section 3.1.4)."""
         if self.closed:
             return
         found = dict(properties)
         if text and reason_code:
             found[P.REASON_STRING] = text[:256]
-        if self.ready and (self.version == V5 or not (self._server or reason_code)):
+        if (self.ready or orderly) and (self.version == V5 or not (self._server or reason_code)):
             self.say(
                 self.control,
                 lambda some: codec.encode_disconnect(

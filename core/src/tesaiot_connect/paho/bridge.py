@@ -3,7 +3,8 @@
 Owns: a pair of local sockets, of which paho has one, and the two flows between the other and the
 connection's stream. Rules: nothing is read that cannot be handed on, so what is under way is
 bounded by the sockets' buffers and one chunk for each direction; what paho wrote before it closed
-its socket is delivered before the connection is closed.
+its socket is delivered before the connection is closed; a dialer that negotiates hears of a path that
+went silent.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ import asyncio
 import enum
 import logging
 import socket
+from collections.abc import Callable
 from concurrent.futures import Future
+from functools import partial
 
-from ..errors import ConnectorError
+from ..dialing import Dialed, Dialer, NegotiatingDialer
+from ..errors import ConnectorError, PathLost
 from ..portal import Portal
-from ..protocols import ByteStream, ClientCertificate, Connection, Dialer
+from ..protocols import ByteStream, ClientCertificate
 
 log = logging.getLogger(__name__)
 
@@ -77,12 +81,14 @@ class Bridge:
 
     async def _live(self, near: socket.socket, far: socket.socket, opened: Future[None]) -> None:
         try:
-            connection = await self._dialer.connect(identity=self._identity)
+            dialed = await self._dial()
+            connection = dialed.connection
             try:
                 connection.set_keepalive(self._keepalive)
                 stream = await connection.open_stream()
-            except BaseException:
+            except BaseException as error:
                 connection.abort()
+                self._broke(dialed, error)
                 raise
         except Exception as error:  # noqa: BLE001 - the caller's
             far.close()
@@ -91,7 +97,7 @@ class Bridge:
         except asyncio.CancelledError:
             far.close()
             raise
-        carrying = asyncio.create_task(self._carry(connection, stream, far))
+        carrying = asyncio.create_task(self._carry(dialed, stream, far))
         opened.set_result(None)
         try:
             await asyncio.shield(carrying)
@@ -112,9 +118,19 @@ class Bridge:
             log.exception("a transport failed in an unexpected way")
         far.close()
 
-    async def _carry(self, connection: Connection, stream: ByteStream, far: socket.socket) -> None:
-        up = asyncio.create_task(_up(far, stream))
-        down = asyncio.create_task(_down(stream, far))
+    async def _dial(self) -> Dialed:
+        if isinstance(self._dialer, NegotiatingDialer):
+            return await self._dialer.dial(identity=self._identity)
+        return Dialed(await self._dialer.connect(identity=self._identity))
+
+    def _broke(self, dialed: Dialed, error: BaseException) -> None:
+        if isinstance(error, PathLost) and isinstance(self._dialer, NegotiatingDialer):
+            self._dialer.lost(dialed, error)
+
+    async def _carry(self, dialed: Dialed, stream: ByteStream, far: socket.socket) -> None:
+        connection, broke = dialed.connection, partial(self._broke, dialed)
+        up = asyncio.create_task(_up(far, stream, broke))
+        down = asyncio.create_task(_down(stream, far, broke))
         left = asyncio.create_task(self._left.wait())
         try:
             await asyncio.wait({up, down, left}, return_when=asyncio.FIRST_COMPLETED)
@@ -136,7 +152,7 @@ def _how(flow: asyncio.Task[_Ended]) -> _Ended | None:
     return flow.result() if flow.done() else None
 
 
-async def _up(far: socket.socket, stream: ByteStream) -> _Ended:
+async def _up(far: socket.socket, stream: ByteStream, broke: Callable[[ConnectorError], None]) -> _Ended:
     """What paho writes."""
     loop = asyncio.get_running_loop()
     while True:
@@ -150,10 +166,11 @@ async def _up(far: socket.socket, stream: ByteStream) -> _Ended:
             await stream.send(data)
         except ConnectorError as error:
             log.info("%s", error)
+            broke(error)
             return _Ended.NETWORK
 
 
-async def _down(stream: ByteStream, far: socket.socket) -> _Ended:
+async def _down(stream: ByteStream, far: socket.socket, broke: Callable[[ConnectorError], None]) -> _Ended:
     """What the broker sends."""
     loop = asyncio.get_running_loop()
     while True:
@@ -161,6 +178,7 @@ async def _down(stream: ByteStream, far: socket.socket) -> _Ended:
             data = await stream.receive(CHUNK)
         except ConnectorError as error:
             log.info("%s", error)
+            broke(error)
             return _Ended.NETWORK
         if not data:
             return _Ended.NETWORK

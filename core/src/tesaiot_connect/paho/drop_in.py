@@ -16,7 +16,7 @@ from typing import Any
 import paho.mqtt.client as paho
 
 from ..errors import ConnectorError
-from ..negotiation import InOrder
+from ..negotiation import Negotiator
 from .bridge import Bridge
 from .endpoints import Settings, endpoints, is_url
 from .failures import as_os_error
@@ -34,6 +34,8 @@ class Client(paho.Client):
     """
 
     _bridge: Bridge | None = None
+    _dialer: Negotiator | None = None
+    """Of the latest connection: it knows the paths that were lost."""
     _told: Trust | None = None
     _hidden: tuple[bool, Any] | None = None
     """What paho was told of TLS and WebSocket, while it is not to do them itself."""
@@ -89,9 +91,12 @@ class Client(paho.Client):
             return made
         transports = self._endpoints(self._host, self._port, self._bind_address, self._bind_port)
         # a transport says more about what took too long than the dialer can, so it comes first
-        dialer = InOrder(transports, timeout=self._connect_timeout + 1.0)
+        timeout = self._connect_timeout + 1.0
+        known = self._dialer
+        if known is None or (known.endpoints, known.timeout) != (tuple(transports), timeout):
+            self._dialer = known = Negotiator(transports, timeout=timeout)
         trust = self._trust()
-        bridge = Bridge(dialer, trust.identity() if trust else None, self._keepalive)
+        bridge = Bridge(known, trust.identity() if trust else None, self._keepalive)
         try:
             sock = bridge.open()
         except ConnectorError as error:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import attrs
 
-from ..config.compose import ALIASES
+from ..config.endpoints import ALIASES
 from ..errors import PluginError
 from ..plugins import Catalog, load
 from ..protocols import Secret, Transport, Url

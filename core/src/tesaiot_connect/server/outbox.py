@@ -102,7 +102,7 @@ class Outbox:
     """
 
     __slots__ = (
-        "_usage", "bytes", "filters", "inflight", "levels", "queue", "session", "stream",
+        "_last_zero", "_usage", "bytes", "filters", "inflight", "levels", "queue", "session", "stream",
     )  # fmt: skip
 
     def __init__(self, session: ClientSession, stream: int, usage: Usage) -> None:
@@ -116,6 +116,8 @@ class Outbox:
         """By key: given to the engine and not acknowledged, QoS 1 and 2 only."""
         self.bytes = 0
         """Of queue and in-flight together."""
+        self._last_zero = 0
+        """Key of the QoS 0 message that was queued last: keys ascend in the queue."""
         self._usage = usage
 
     @property
@@ -156,7 +158,8 @@ class Outbox:
         """Send what can be sent, queue the rest, drop what has no place. Whether the state file
         has something to commit before the messages may be acknowledged to their publisher.
 
-        `keep_qos0` queues QoS 0 messages too (retained messages, which nobody sends twice).
+        `keep_qos0` queues QoS 0 messages too (retained messages, which nobody sends twice). Others pass
+        what waits for acknowledgements, and wait behind QoS 0 messages that were queued.
         """
         usage, link, scope = self._usage, self.session.link, self.session.scope
         if scope is not None:
@@ -186,6 +189,7 @@ class Outbox:
                 return self.durable
         else:
             entries = self._entries(messages, now, shared)
+            keep_qos0 = keep_qos0 or self.queue[0].key <= self._last_zero
         if entries and not keep_qos0:
             zero = [entry.message for entry in entries if entry.message.qos == 0]
             if zero:
@@ -272,6 +276,7 @@ class Outbox:
                 self._usage.dropped["client_gone"] += 1
         self._usage.queued -= len(self.queue) - len(kept)
         self.queue = kept
+        self._last_zero = 0
 
     def discard(self) -> None:
         """Forget everything, on disk too."""
@@ -372,7 +377,9 @@ class Outbox:
                 self.queue.append(entry)
                 usage.queued += 1
                 self._hold(entry)
-                if store is not None and entry.message.qos:
+                if not entry.message.qos:
+                    self._last_zero = entry.key
+                elif store is not None:
                     self._put(store, entry)
 
     def _put(self, store: Store, entry: Entry) -> None:

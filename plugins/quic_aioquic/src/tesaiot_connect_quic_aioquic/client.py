@@ -12,11 +12,11 @@ import errno
 import functools
 import ssl
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from aioquic.tls import SessionTicket
 
-from tesaiot_connect import ClientCertificate, ConnectFailed, ConnectorError, Disconnected, tcp
+from tesaiot_connect import ClientCertificate, ConnectFailed, Disconnected, tcp
 
 from .certificates import Trust, client_trust
 from .configuration import configuration
@@ -69,7 +69,9 @@ def _ascii(name: str) -> str:
         return name.rstrip(".").encode("idna").decode() if not name.isascii() else name.rstrip(".")
     except UnicodeError as error:
         raise ConnectFailed(
-            f"{name!r} is not a host name: {error}", fix="check the endpoint's host and `server_name`"
+            f"{name!r} is not a host name: {error}",
+            fix="check the endpoint's host and `server_name`",
+            stage="name",
         ) from error
 
 
@@ -81,12 +83,14 @@ async def _resolve(recipe: QuicAioquic) -> list[tuple[int, Address]]:
         raise ConnectFailed(
             f"the name {recipe.url.host} cannot be resolved: the name server does not answer",
             fix="check this machine's name server",
+            stage="name",
         ) from error
     except (OSError, UnicodeError) as error:  # the latter for labels that are empty or too long
         text = getattr(error, "strerror", None) or "it is not a host name"
         raise ConnectFailed(
             f"the name {recipe.url.host} cannot be resolved: {text}",
             fix="check its spelling, the network and this machine's name server",
+            stage="name",
         ) from error
 
 
@@ -155,10 +159,12 @@ def _no_socket(recipe: QuicAioquic, error: OSError, address: Address) -> Connect
         return ConnectFailed(
             f"{recipe.place}: cannot connect from {recipe.local_address}",
             fix="local_address must be of this machine",
+            stage="reach",
         )
     return ConnectFailed(
         f"{recipe.place}: no way to {where}: {error.strerror or error}",
         fix="check the network, the VPN and the address",
+        stage="reach",
     )
 
 
@@ -169,6 +175,7 @@ def _unanswered(
     address: Address,
     error: Disconnected,
 ) -> ConnectFailed:
+    stage: Literal["reach", "secure"] = "secure" if endpoint.received else "reach"
     if connection.timed_out or endpoint.refused:
         what, fix = explain_silence(
             sent=connection.quic.packets_sent,
@@ -179,17 +186,18 @@ def _unanswered(
             timeout=recipe.connect_timeout,
             datagram_size=recipe.max_datagram_size,
         )
-        return ConnectFailed(f"{recipe.place} ({address_text(address)}): {what}", fix=fix)
-    return ConnectFailed(error.what, fix=error.fix)
+        return ConnectFailed(f"{recipe.place} ({address_text(address)}): {what}", fix=fix, stage=stage)
+    return ConnectFailed(error.what, fix=error.fix, stage=stage)
 
 
 def _failure(group: ExceptionGroup[Exception]) -> BaseException:
-    errors = [error for error in group.exceptions if isinstance(error, ConnectorError)]
-    others = [error for error in group.exceptions if not isinstance(error, ConnectorError)]
+    errors = [error for error in group.exceptions if isinstance(error, ConnectFailed)]
+    others = [error for error in group.exceptions if not isinstance(error, ConnectFailed)]
     if others:
         return others[0]
     reasons = dict.fromkeys(error.what for error in errors)
     if len(reasons) == 1:
         return errors[0]
     fixes = dict.fromkeys(error.fix for error in errors if error.fix)
-    return ConnectFailed("; ".join(reasons), fix="; ".join(fixes))
+    furthest = max((error.stage for error in errors), key=ConnectFailed.STAGES.index)
+    return ConnectFailed("; ".join(reasons), fix="; ".join(fixes), stage=furthest)

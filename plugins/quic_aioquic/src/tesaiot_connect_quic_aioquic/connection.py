@@ -18,16 +18,10 @@ from typing import Any
 from aioquic.quic import events
 from aioquic.quic.packet import QuicErrorCode, QuicFrameType
 
-from tesaiot_connect import (
-    CloseReason,
-    ConnectionStatus,
-    Disconnected,
-    Peer,
-    Unsupported,
-)
+from tesaiot_connect import CloseReason, ConnectionStatus, Disconnected, PathLost, Peer, Unsupported
 
 from .endpoint import NAME, Budget, Endpoint, Tuning, address_text
-from .explain import explain_close, forgotten
+from .explain import IDLE_TIMEOUT, explain_close, forgotten
 from .figures import Figures
 from .liveness import Liveness
 from .pacer import TICK
@@ -77,7 +71,7 @@ class QuicConnection:
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
         self.figures = Figures(self._loop.time())
-        self._liveness = Liveness(self.figures, tuning, client=not accepted)
+        self._liveness = Liveness(quic, self.figures, tuning, client=not accepted, clock=self._loop.time)
         self._held = 0
         self._pings: dict[int, asyncio.Future[None]] = {}
         self._ping_id = 0
@@ -99,6 +93,7 @@ class QuicConnection:
             secure=True,
             alpn=self.quic.alpn,
             certificate=self.quic.peer_certificate,
+            tls_version="TLSv1.3",
         )
 
     async def open_stream(self, *, priority: int = 0) -> QuicStream:
@@ -172,6 +167,7 @@ class QuicConnection:
         """The endpoint has a new socket: go on from there."""
         self.figures.migrations += 1
         self.quic.change_connection_id()
+        self._liveness.moved(self._loop.time())
         self.ping()
         log.info("%s: moved to another local address", self.tuning.place)
 
@@ -200,6 +196,15 @@ class QuicConnection:
         finally:
             self._close(code, reason)
 
+    def give_up(self, error: Disconnected) -> None:
+        """Before the handshake is complete. A server is told, for it may have taken early data; a client that
+        has not proved its address is not."""
+        if self._accepted:
+            self.lost(error)
+        elif not self.over:
+            self._error = error
+            self._close(QuicErrorCode.NO_ERROR, error.what)
+
     def abort(self, code: int = 0) -> None:
         self.closed_here = True
         self._close(code, "")
@@ -220,7 +225,7 @@ class QuicConnection:
         """Why it is over, as an error to raise."""
         error = self._error
         if error is not None:
-            return Disconnected(error.what, fix=error.fix)
+            return type(error)(error.what, fix=error.fix)
         end = self._end
         if end is None or not end.by_peer:
             return Disconnected("the connection was closed on this side")
@@ -242,7 +247,7 @@ class QuicConnection:
 
     def write(self, stream_id: int, data: bytes, *, end: bool = False) -> None:
         self.quic.send_stream_data(stream_id, data, end)
-        self._liveness.wrote()
+        self._liveness.active()
         self.schedule()
 
     def consumed(self, stream_id: int, count: int) -> None:
@@ -281,7 +286,7 @@ class QuicConnection:
         """Client: the first bytes of the control stream, before the first flush."""
         self._control = self._new_stream()
         self.quic.send_stream_data(self._control.stream_id, data)
-        self._liveness.wrote()
+        self._liveness.active()
         self.early_sent = True
 
     def receive(self, datagrams: Sequence[Datagram], now: float) -> None:
@@ -299,7 +304,7 @@ class QuicConnection:
                 return
         else:
             self.figures.last_received = now
-            self._liveness.heard()
+            self._liveness.heard(now)
             self.local = datagrams[-1].local
         self.handle()
         if self._end is not None:
@@ -323,6 +328,7 @@ class QuicConnection:
         for event in quic.take_events():
             match event:
                 case events.StreamDataReceived(data=data, end_stream=end, stream_id=stream_id):
+                    self._liveness.active()
                     stream = self._streams.get(stream_id) or self._opened(stream_id)
                     if stream is not None:
                         stream.fed(data, end)
@@ -409,7 +415,7 @@ class QuicConnection:
             return
         self._account(now)
         if quic.waiting:
-            self._liveness.sent(now)
+            self._liveness.sent(now, more=bool(found))
         if more:
             self.schedule()
         else:
@@ -436,7 +442,7 @@ class QuicConnection:
         if not self.handshake.done():
             due = min(due, self.figures.born + self.tuning.handshake_timeout)
         else:
-            due = min(due, self._liveness.due(self.quic.idle_timeout))
+            due = min(due, self._liveness.due())
         if due == math.inf:
             return
         if self._timer is not None:
@@ -454,18 +460,16 @@ class QuicConnection:
         if not self.handshake.done():
             if now >= self.figures.born + self.tuning.handshake_timeout:
                 self.timed_out = True
-                quic.lost(QuicErrorCode.NO_ERROR, "handshake timeout")
-                self._ended()
+                self.give_up(Disconnected("the handshake took too long"))
                 return
         else:
             liveness = self._liveness
             if liveness.silent(now):
-                self._silent(now)
+                self.lost(self._endpoint.silence(self, now - liveness.since))
                 return
-            look, ask = liveness.look(now)
-            if look:
+            if liveness.look(now):
                 self._endpoint.probing(self)
-            if liveness.ping(now, quic.idle_timeout) or ask:
+            if liveness.ping(now):
                 self.ping()
         if now >= quic.due():
             before = quic.probe_timeouts
@@ -475,14 +479,6 @@ class QuicConnection:
                 self._endpoint.probing(self)
         if self._end is None:
             self.flush()
-
-    def _silent(self, now: float) -> None:
-        """Packets are unanswered for longer than anybody should wait."""
-        asked = self._liveness.asked
-        assert asked is not None
-        what, fix = self._endpoint.silence(self)
-        told = f"the broker has not answered for {now - asked:.0f} s"
-        self.lost(Disconnected(f"{told}: {what}" if what else told, fix=fix))
 
     def refuse(self, what: str, fix: str) -> None:
         """The peer's certificate will not do, for a reason that aioquic does not look at."""
@@ -514,7 +510,9 @@ class QuicConnection:
             by_peer=by_peer,
             handshake_done=self.handshake.done(),
         )
-        if ending.frame_type is not None or ending.error_code:
+        if ending.reason_phrase == IDLE_TIMEOUT and not by_peer and self.handshake.done():
+            self._error = PathLost(what, fix=fix)
+        elif ending.frame_type is not None or ending.error_code:
             place = "" if self.handshake.done() else f"{self.tuning.place}: "  # later, others name it
             self._error = Disconnected(f"{place}{what}", fix=fix)
         self._finish(CloseReason(ending.error_code, what, by_peer=by_peer))

@@ -7,31 +7,33 @@ everything else is closed before it does; early data goes to one address alone.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
+import math
 import socket
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
-from tesaiot_connect import Disconnected, Unsupported
+from tesaiot_connect import Disconnected, PathLost, Unsupported
 
 from .certificates import unfit
 from .connection import QuicConnection
 from .endpoint import Budget, Tuning
-from .explain import explain_narrow
+from .explain import explain_lost_path, explain_narrow, explain_refused, forgotten
 from .quic import Quic
 from .udp import Address, Datagram, UdpSocket, open_socket
 
 log = logging.getLogger(__name__)
 
-_SILENT = (
-    "the network path is gone, or UDP is blocked on it now, or the broker was restarted without "
-    "`state_file`, which would have let it say so"
-)
-_REFUSALS = 3
-_REFUSED_FOR = 0.5
-"""ICMP refusals in a row, and over how many seconds, with nothing received in between, that end an
-established connection. They may be forged, so they must hold against a PING."""
+_DENIALS = 3
+_DENIED_FOR = 0.5
+"""Hints in a row, and over how many seconds at least, that the broker has forgotten an established
+connection: ICMP refusals, or datagrams that make no sense. They may be forged, so they must hold against a
+PING."""
+_OBSTACLE = 1.0
+"""Seconds before the last sign of life from which on an ICMP error counts: it may have overtaken that one,
+and routers send about one a second."""
 _ADDRESS_CHECK = 1.0
 """Seconds between two looks at this machine's address while the peer is silent."""
 
@@ -78,9 +80,12 @@ async def race(attempts: Sequence[Callable[[], Awaitable[QuicConnection]]], dela
     finally:
         for task in running:
             task.cancel()
-        for outcome in await asyncio.gather(*running, return_exceptions=True):
-            if isinstance(outcome, QuicConnection):
-                outcome.abort()
+        try:
+            await asyncio.gather(*running, return_exceptions=True)
+        finally:  # which is cancelled itself, perhaps
+            for task in running:
+                if not task.cancelled() and task.exception() is None:
+                    task.result().abort()
     raise ExceptionGroup("no address gave a connection", [errors[one] for one in sorted(errors)])
 
 
@@ -106,9 +111,11 @@ class ClientEndpoint:
         self._verify = verify
         self._loop = asyncio.get_running_loop()
         self._connection: QuicConnection | None = None
-        self._refusals = 0
-        self._received_at_refusal = 0
-        self._refused_since = 0.0
+        self._denials = 0
+        self._received_at_denial = 0
+        self._denied_since = 0.0
+        self._obstacle = -math.inf, ""
+        """What the system said of the path, and when."""
         self._checked = 0.0
         self._moving: asyncio.Handle | None = None
         self.too_big = 0
@@ -179,11 +186,12 @@ class ClientEndpoint:
         if ours is not None and ours != self.socket.local_address[0]:
             self._move_soon()
 
-    def silence(self, connection: QuicConnection) -> tuple[str, str]:
-        told = explain_narrow(
-            path_mtu=self.socket.path_mtu, too_big=0, datagram_size=connection.quic.datagram_size
-        )
-        return told or ("", _SILENT)
+    def silence(self, connection: QuicConnection, seconds: float) -> PathLost:
+        quic = connection.quic
+        narrow = explain_narrow(path_mtu=self.socket.path_mtu, too_big=0, datagram_size=quic.datagram_size)
+        said, obstacle = self._obstacle
+        recent = said > self._loop.time() - seconds - _OBSTACLE
+        return explain_lost_path(seconds, narrow, obstacle if recent else "")
 
     def _address_towards_peer(self) -> str | None:
         with socket.socket(self.family, socket.SOCK_DGRAM) as probe:
@@ -237,8 +245,13 @@ class ClientEndpoint:
     # --- the socket tells ---------------------------------------------------------------------
 
     def _on_datagrams(self, datagrams: list[Datagram]) -> None:
-        if self._connection is not None:
-            self._connection.receive(datagrams, self._loop.time())
+        connection = self._connection
+        if connection is None:
+            return
+        before = connection.quic.packets_received
+        connection.receive(datagrams, self._loop.time())
+        if connection.quic.packets_received == before and connection.handshake.done():
+            self._denied(connection, forgotten())
 
     def _on_writable(self) -> None:
         if self._connection is not None and not self._connection.over:
@@ -248,27 +261,32 @@ class ClientEndpoint:
         connection = self._connection
         if connection is None or connection.over:
             return
+        received = connection.quic.packets_received
         if isinstance(error, (ConnectionRefusedError, ConnectionResetError)):  # Windows says reset
-            received, now = connection.quic.packets_received, self._loop.time()
-            if received != self._received_at_refusal or not self._refusals:
-                self._refusals, self._refused_since = 0, now
-                if connection.handshake.done():
-                    connection.ping()
-            self._received_at_refusal = received
-            self._refusals += 1
             if not connection.handshake.done() and not received:
                 self.refused = True
-                connection.lost(Disconnected("the port refuses datagrams (ICMP port unreachable)"))
-            elif self._refusals >= _REFUSALS and now - self._refused_since >= _REFUSED_FOR:
-                connection.lost(
-                    Disconnected(
-                        f"nothing listens any more at {connection.tuning.place}",
-                        fix="the broker was stopped, or restarted on another port",
-                    )
-                )
+                connection.give_up(Disconnected("the port refuses datagrams (ICMP port unreachable)"))
+            else:
+                self._denied(connection, explain_refused(connection.tuning.place))
         elif connection.handshake.done():
+            if error.errno != errno.EMSGSIZE:
+                self._obstacle = self._loop.time(), error.strerror or str(error)
             self._checked = 0.0
             self.probing(connection)
+
+    def _denied(self, connection: QuicConnection, error: Disconnected) -> None:
+        """Something says that the broker does not know the connection any more: then the path is well."""
+        quic, now = connection.quic, self._loop.time()
+        if connection.over:
+            return
+        if quic.packets_received != self._received_at_denial or not self._denials:
+            self._denials, self._denied_since = 0, now
+            if connection.handshake.done():
+                connection.ping()
+        self._received_at_denial = quic.packets_received
+        self._denials += 1
+        if self._denials >= _DENIALS and now - self._denied_since >= max(_DENIED_FOR, 2 * quic.probe_timeout):
+            connection.lost(error)
 
 
 def unsupported_identity(place: str) -> Unsupported:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import attrs
 
+from tesaiot_connect import PathLost
+
 if TYPE_CHECKING:
     from .connection import QuicConnection
 
@@ -44,8 +46,8 @@ class Endpoint(Protocol):
         """The peer left something unanswered for longer than a round trip."""
         ...
 
-    def silence(self, connection: QuicConnection) -> tuple[str, str]:
-        """Why the peer may not have answered for too long, and what to do."""
+    def silence(self, connection: QuicConnection, seconds: float) -> PathLost:
+        """What it means that the peer has not answered for so long."""
         ...
 
     async def migrate(self, connection: QuicConnection) -> None: ...
@@ -85,7 +87,7 @@ class Tuning:
     keepalive: float = 0.0
     """Silence after which a PING goes out; 0 never."""
     path_timeout: float = 0.0
-    """Unanswered packets for so long end the connection; 0 leaves it to the idle timeout."""
+    """Silence for so long ends the connection; 0 leaves it to the idle timeout."""
 
 
 def address_text(address: Any) -> str:

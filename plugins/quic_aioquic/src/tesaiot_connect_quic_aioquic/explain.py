@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 
-from tesaiot_connect import Disconnected
+from tesaiot_connect import Disconnected, PathLost
 
 IDLE_TIMEOUT = "Idle timeout"
 NO_COMMON_VERSION = "Could not find a common protocol version"
@@ -23,6 +23,10 @@ _Told = tuple[str, str]
 _MISSING = (
     "check the address and port, that the broker speaks QUIC there, and that no firewall on the way "
     "blocks UDP; where UDP cannot pass, use mqtts://"
+)
+_GOES_ON = "the session goes on over the next endpoint, if there is one"
+_SILENT = (
+    "check the network path; if it works otherwise, UDP is blocked on it now, or the broker stands still"
 )
 _IMPLEMENTATION = "a fault of one of the two implementations: keep its log and a qlog, and report it"
 _CLIENT_CERTIFICATE = (
@@ -243,7 +247,7 @@ def explain_close(
         if handshake_done:
             return (
                 "nothing came from the peer for as long as the idle timeout",
-                "check the network path; if a NAT on the way forgets idle connections, lower `keepalive`",
+                f"{_GOES_ON}; check the network path; if a NAT forgets idle connections, lower `keepalive`",
             )
         return "the handshake got no answer", _MISSING
     if reason == NO_COMMON_VERSION and not by_peer:
@@ -260,12 +264,29 @@ def explain_close(
 
 
 def forgotten() -> Disconnected:
-    """A stateless reset came (RFC 9000 section 10.3)."""
+    """A stateless reset came (RFC 9000 section 10.3), or what may be one whose key was lost."""
     return Disconnected(
         "the broker does not know this connection any more (stateless reset): it was restarted, or another "
         "machine answers at its address now",
         fix="connect again",
     )
+
+
+def explain_refused(place: str) -> Disconnected:
+    """ICMP refusals end an established connection. Not the path's fault: its far end says so."""
+    return Disconnected(
+        f"nothing listens any more at {place} (ICMP port unreachable)",
+        fix="the broker was stopped, or restarted on another port, or a firewall rejects UDP now; "
+        "the session goes on over the next endpoint that answers",
+    )
+
+
+def explain_lost_path(seconds: float, narrow: _Told | None, obstacle: str) -> PathLost:
+    """Nothing was answered for so many seconds. `narrow` is what `explain_narrow` says of it, `obstacle` what
+    the system says of the path, "" for nothing."""
+    cause, fix = narrow or (f"the system says: {obstacle}" if obstacle else "", _SILENT)
+    told = f"the broker has not answered for {seconds:.0f} s"
+    return PathLost(f"{told}: {cause}" if cause else told, fix=f"{_GOES_ON}; {fix}")
 
 
 def explain_silence(

@@ -30,7 +30,7 @@ from aioquic.quic.packet import (
 from aioquic.quic.packet_builder import QuicPacketBuilder
 from aioquic.quic.retry import QuicRetryTokenHandler
 
-from tesaiot_connect import Disconnected, ListenerStatus
+from tesaiot_connect import Disconnected, ListenerStatus, PathLost
 
 from .certificates import ServerIdentity
 from .connection import QuicConnection
@@ -432,7 +432,7 @@ class ServerEndpoint:
     def probing(self, connection: QuicConnection) -> None:
         """The client moves, not we."""
 
-    def silence(self, connection: QuicConnection) -> tuple[str, str]:
+    def silence(self, connection: QuicConnection, seconds: float) -> PathLost:
         raise NotImplementedError
 
     async def migrate(self, connection: QuicConnection) -> None:

@@ -38,8 +38,6 @@ from .resets import is_reset, reset_token
 
 log = logging.getLogger(__name__)
 
-Clock = Callable[[], float]
-
 _SLOWEST_PROBE = 1.0
 """Seconds between two probes at most. RFC 9002 section 6.2.1 doubles that time without a bound; so long a
 silence after the path has healed would not serve anybody."""
@@ -61,7 +59,7 @@ class Quic(AioquicConnection):
         configuration: QuicConfiguration,
         windows: Windows,
         *,
-        clock: Clock,
+        clock: Callable[[], float],
         reset_key: bytes = b"",
         early_data: bool = True,
         key_update: int = 0,
@@ -130,9 +128,8 @@ class Quic(AioquicConnection):
         accepted, limit = self.early_data_accepted, self._remote_max_stream_data_bidi_remote
         if self._is_client:
             self._send_again([] if accepted else [self._spaces[tls.Epoch.ONE_RTT]])
-            for (
-                stream
-            ) in self._streams.values():  # what was remembered counts no more (RFC 9000 section 7.4.1)
+            # what was remembered counts no more (RFC 9000 section 7.4.1)
+            for stream in self._streams.values():
                 stream.max_stream_data_remote = max(limit, accepted and stream.max_stream_data_remote)
 
     def released(self) -> None:
@@ -372,6 +369,11 @@ class Quic(AioquicConnection):
         return (loss._rtt_smoothed, loss._rtt_min, loss._rtt_latest) if loss._rtt_initialized else None
 
     @property
+    def probe_timeout(self) -> float:
+        """Seconds without an answer after which something is sent again (RFC 9002 section 6.2)."""
+        return self._loss.get_probe_timeout()
+
+    @property
     def congestion_window(self) -> int:
         return self._loss.congestion_window
 
@@ -383,6 +385,11 @@ class Quic(AioquicConnection):
     def waiting(self) -> bool:
         """Whether something was sent that the peer must acknowledge and has not."""
         return any(space.ack_eliciting_in_flight for space in self._loss.spaces)
+
+    @property
+    def acknowledged(self) -> int:
+        """The largest packet number that the peer has acknowledged after the handshake."""
+        return self._spaces[tls.Epoch.ONE_RTT].largest_acked_packet
 
     @property
     def streams_open(self) -> int:
@@ -461,13 +468,11 @@ class Quic(AioquicConnection):
         return self.tls._peer_certificate
 
     def renew_keys(self) -> None:
-        """Asks for a key update once enough packets went out under the present keys, and the peer
-        has acknowledged one of them (RFC 9001 section 6)."""
+        """Asks for a key update after enough packets, one of them acknowledged (RFC 9001 section 6)."""
         sent = self._packet_number
         if not self._key_update or sent - self._key_phase_from < self._key_update:
             return
-        acked = self._spaces[tls.Epoch.ONE_RTT].largest_acked_packet
-        if self._handshake_confirmed and acked >= self._key_phase_from:
+        if self._handshake_confirmed and self.acknowledged >= self._key_phase_from:
             self._key_phase_from = sent
             self.request_key_update()
 
@@ -476,7 +481,7 @@ class Quic(AioquicConnection):
         named["reason_phrase"] = named["reason_phrase"][:_REASON]
         super()._write_connection_close_frame(*arguments, **named)
 
-    # --- stateless reset ----------------------------------------------------------------------
+    # --- stateless reset, and what an endpoint needs -------------------------------------------
 
     def _name_resets(self) -> None:
         if self._reset_key:
@@ -499,16 +504,12 @@ class Quic(AioquicConnection):
         self._close_event = ConnectionTerminated(code, QuicFrameType.PADDING, reason)
         self._set_state(QuicConnectionState.DRAINING)
 
-    # --- sending ------------------------------------------------------------------------------
-
     def make_datagrams(self, now: float) -> tuple[list[tuple[bytes, Any]], bool]:
         """Datagrams and their addresses, and whether there are more to be made at once."""
         self._pacer.begin()
         found = self.datagrams_to_send(now)
         self._pacer.sent(sum(len(one[0]) for one in found))
         return found, self._pacer.exhausted
-
-    # --- for the endpoint ---------------------------------------------------------------------
 
     @property
     def address(self) -> Any:
@@ -521,7 +522,7 @@ class Quic(AioquicConnection):
 
     @property
     def confirmed(self) -> bool:
-        """Whether the handshake is, on both sides: from then on a client may move (RFC 9000 section 9)."""
+        """Whether the handshake is, on both sides: then a client may move (RFC 9000 section 9)."""
         return self._handshake_confirmed
 
     def can_migrate(self) -> bool:

@@ -13,11 +13,8 @@ import contextlib
 import datetime
 import hashlib
 import logging
-import os
 import secrets
-import stat
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,8 @@ from typing import Any
 import attrs
 import msgspec
 from aioquic.tls import CipherSuite, SessionTicket
+
+from tesaiot_connect import state
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +33,6 @@ LIFETIME = 7 * 86400
 _VERSION = 1
 _KEPT = 4
 _SUFFIX = ".ticket"
-_PLANTABLE = "it belongs to another user, or others may write to it"
 
 
 @attrs.frozen
@@ -110,21 +108,8 @@ def usable(ticket: SessionTicket, lifetime: float = LIFETIME) -> bool:
 
 
 def default_folder() -> Path:
-    """Where this system keeps such things for its user. Does not create it."""
-    try:
-        home = Path.home()
-    except RuntimeError:  # a user without a home, as in some containers
-        user = os.getuid() if hasattr(os, "getuid") else "user"
-        return Path(tempfile.gettempdir()) / f"tesaiot-connect-quic-tickets-{user}"
-    if sys.platform == "darwin":
-        base = home / "Library" / "Application Support"
-    elif sys.platform == "win32":
-        base = Path(os.environ.get("LOCALAPPDATA") or home / "AppData" / "Local")
-    else:
-        base = Path(os.environ.get("XDG_STATE_HOME", ""))
-        if not base.is_absolute():  # unset, empty or relative: the XDG specification ignores it
-            base = home / ".local" / "state"
-    return base / "tesaiot-connect" / "quic-tickets"
+    """Does not create it."""
+    return state.state_folder("quic-tickets")
 
 
 class Tickets:
@@ -151,7 +136,7 @@ class Tickets:
         try:
             if not self._folder.is_dir():
                 return None
-            self._check(self._folder)
+            state.check_private(self._folder)
             for path in self._files(self._folder, key):
                 ticket = self._claim(path)
                 if ticket is not None:
@@ -170,8 +155,7 @@ class Tickets:
             del kept[:-_KEPT]
             return
         try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._check(self._folder)
+            state.make_private(self._folder)
             self._write(self._folder, key, pack(ticket))
             for path in self._files(self._folder, key)[_KEPT:]:
                 path.unlink(missing_ok=True)
@@ -187,16 +171,8 @@ class Tickets:
         return sorted(folder.glob(f"{key.digest}-*{_SUFFIX}"), reverse=True)
 
     def _write(self, folder: Path, key: TicketKey, data: bytes) -> None:
-        handle, temporary = tempfile.mkstemp(prefix=".", suffix=_SUFFIX, dir=folder)  # mode 0600
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            name = f"{key.digest}-{time.time_ns():020d}-{secrets.token_hex(4)}{_SUFFIX}"
-            Path(temporary).replace(folder / name)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                Path(temporary).unlink()
-            raise
+        name = f"{key.digest}-{time.time_ns():020d}-{secrets.token_hex(4)}{_SUFFIX}"
+        state.write_private(folder / name, data)
 
     def _claim(self, path: Path) -> SessionTicket | None:
         """Read it and remove it: it belongs to the one process whose removal succeeds."""
@@ -223,13 +199,6 @@ class Tickets:
             with contextlib.suppress(OSError):
                 if path.stat().st_mtime < oldest:
                     path.unlink()
-
-    def _check(self, folder: Path) -> None:
-        if not hasattr(os, "geteuid"):
-            return
-        found = folder.stat()
-        if found.st_uid != os.geteuid() or stat.S_IMODE(found.st_mode) & 0o022:
-            raise PermissionError(_PLANTABLE)
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:

@@ -100,11 +100,15 @@ class QuicAioquic:
     )
     keepalive: Duration = _option(
         Duration(15.0),
-        "Client: silence after which a QUIC PING goes out, which keeps NATs open too; 0s never.",
+        "Client: silence after which a QUIC PING goes out, which keeps NATs open too; 0s never. Soon after "
+        "something was sent or received it goes out earlier, see `path_timeout`.",
     )
     path_timeout: Duration = _option(
-        Duration(12.0),
-        "Client: packets unanswered for so long end the connection; 0s leaves that to idle_timeout.",
+        Duration(5.0),
+        "Client: silence for so long ends the connection, and the session goes on over the next endpoint. "
+        "After a quarter of it a PING asks whether the path is alive; where nothing was sent or received "
+        "lately that is asked at `keepalive`, so both add up. At least four probe timeouts (RFC 9002 section "
+        "6.2), so longer where a round trip takes a second or more. 0s leaves it to idle_timeout.",
     )
     attempt_delay: Duration = _option(
         Duration(0.25), "Client: head start of each address of a name over the next (RFC 8305)."
@@ -174,6 +178,9 @@ class QuicAioquic:
     @property
     def place(self) -> str:
         return str(attrs.evolve(self.url, port=self.port))
+
+    def load(self) -> None:
+        from . import client  # noqa: F401
 
     async def connect(self, *, identity: ClientCertificate | None = None, early: bytes = b"") -> Connection:
         """`early` goes out with the first packet where a ticket allows. Raises ConnectFailed, and

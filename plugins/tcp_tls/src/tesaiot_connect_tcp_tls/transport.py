@@ -35,6 +35,7 @@ NAME = "tcp_tls"
 _HANDSHAKE = tcp.Stage(
     "the server accepted the connection but does not answer the TLS handshake",
     "check that the port speaks TLS (8883); a plain MQTT port (1883, mqtt://) never answers it",
+    "secure",
 )
 
 

@@ -11,7 +11,6 @@ from tesaiot_connect import (
     AsyncioStream,
     CloseReason,
     ConnectionStatus,
-    Disconnected,
     Peer,
     State,
     StreamConnection,
@@ -38,7 +37,7 @@ class WssConnection:
     async def open_stream(self, *, priority: int = 0) -> AsyncioStream:
         told, stream = self._socket.error, self._socket.stream
         if told is not None and stream.state is State.CLOSED and not stream.bytes_received:
-            raise Disconnected(told.what, fix=told.fix)
+            raise type(told)(told.what, fix=told.fix)
         return await self._single.open_stream(priority=priority)
 
     async def accept_stream(self) -> AsyncioStream:

@@ -9,6 +9,7 @@ from then on the socket is not read. Until then pings are answered, also of a re
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -17,6 +18,7 @@ from tesaiot_connect import (
     AsyncioStream,
     CloseReason,
     Disconnected,
+    PathLost,
     State,
     Unsupported,
     explain_tls,
@@ -24,7 +26,7 @@ from tesaiot_connect import (
 
 from .frames import Frames
 from .upgrade import Opening
-from .words import CUT, CUT_FIX, ORDERLY, closed
+from .words import CUT, CUT_FIX, LOST_FIX, ORDERLY, closed
 
 AHEAD = 64 * 1024
 """Bytes of payload beyond which a socket that nobody receives from is not read any more."""
@@ -78,6 +80,8 @@ class WebSocket(asyncio.Protocol):
         self.opened: asyncio.Future[None] = self._loop.create_future()
         self.farewell: Callable[[], tuple[int, str]] = lambda: (1000, "")
         """Code and reason of our close frame."""
+        self.tls_failed = False
+        """It was TLS that ended it, during the upgrade."""
         self.rtt: float | None = None
         self.last_received = self._loop.time()
 
@@ -243,7 +247,7 @@ class WebSocket(asyncio.Protocol):
         if self._stuck is not None:
             self._stuck += len(data)
             if self._stuck > _MOST_PONGS:
-                self._cut("the peer sends pings and reads no answers", "see its software")
+                self._cut(Disconnected("the peer sends pings and reads no answers", fix="see its software"))
                 return
         self._put(data)
 
@@ -277,9 +281,9 @@ class WebSocket(asyncio.Protocol):
         below.close()
         self._later("cut", _CLOSE, below.abort)
 
-    def _cut(self, what: str, fix: str) -> None:
-        self._verdict = Disconnected(what, fix=fix)
-        self._reason = CloseReason(1006, what)
+    def _cut(self, error: Disconnected) -> None:
+        self._verdict = error
+        self._reason = CloseReason(1006, error.what)
         if self._below is not None:
             self._below.abort()
 
@@ -308,7 +312,7 @@ class WebSocket(asyncio.Protocol):
             return
         seconds = self._interval + self._timeout
         what = f"the peer sent nothing for {seconds:g} s, not even an answer to a ping"
-        self._cut(what, "check the network path to it")
+        self._cut(PathLost(what, fix=LOST_FIX))
 
     def _ask(self, waiting: asyncio.Future[None] | None) -> bytes:
         self._pings += 1
@@ -345,9 +349,8 @@ class WebSocket(asyncio.Protocol):
                 raise Unsupported(
                     "the path cannot be probed while received bytes wait to be read", fix="receive them first"
                 ) from error
-            raise Disconnected(
-                f"the peer did not answer a ping within {self._timeout:g} s",
-                fix="check the network path to it",
+            raise PathLost(
+                f"the peer did not answer a ping within {self._timeout:g} s", fix=LOST_FIX
             ) from error
         finally:
             self._asked.pop(payload, None)
@@ -364,6 +367,7 @@ class WebSocket(asyncio.Protocol):
             told = explain_tls(exc) if exc is not None else None
             if not self._heard and (exc is None or isinstance(exc, ConnectionError)):
                 told = self._silent or told
+            self.tls_failed = isinstance(exc, ssl.SSLError) or (told is not None and told is self._silent)
             self._verdict = told
             self._reason = CloseReason(
                 1006, told.what if told else "it ended during the upgrade", by_peer=True

@@ -75,14 +75,18 @@ async def tunnel(recipe: tcp.TcpRecipe, progress: tcp.Progress, proxy: SplitResu
         return await _socks(recipe, progress, proxy)
     sock = await tcp.dial(recipe, progress, proxy.hostname, proxy.port, f"the proxy {name} of {place}")
     progress.stage = tcp.Stage(
-        f"the proxy {name} does not answer CONNECT", "check that its port is that of an HTTP proxy"
+        f"the proxy {name} does not answer CONNECT",
+        "check that its port is that of an HTTP proxy",
+        "upgrade",
     )
     try:
         await _connect(sock, place, proxy, recipe.url.host, recipe.port)
     except OSError as error:
         sock.close()
         raise ConnectFailed(
-            f"{place}: the proxy {name} broke off: {error.strerror or error}", fix="see the proxy's log"
+            f"{place}: the proxy {name} broke off: {error.strerror or error}",
+            fix="see the proxy's log",
+            stage="upgrade",
         ) from error
     except BaseException:
         sock.close()
@@ -105,7 +109,9 @@ async def _connect(sock: socket.socket, place: str, proxy: SplitResult, host: st
         head += data
         if not data or len(head) > _HEAD or not head.startswith(b"HTTP/"[: len(head)]):
             raise ConnectFailed(
-                f"{place}: the proxy {name} gave no HTTP answer", fix="check that its port is that of a proxy"
+                f"{place}: the proxy {name} gave no HTTP answer",
+                fix="check that its port is that of a proxy",
+                stage="upgrade",
             )
     line = head.partition(b"\r\n")[0].decode("latin-1").split(" ", 2)
     status = int(line[1]) if len(line) > 1 and line[1].isdigit() else 0
@@ -122,7 +128,9 @@ async def _socks(recipe: tcp.TcpRecipe, progress: tcp.Progress, proxy: SplitResu
     assert proxy.port is not None
     place, name = tcp.place(recipe), shown(proxy)
     progress.stage = tcp.Stage(
-        f"the proxy {name} does not answer, or reaches no host", "check its address, and that it speaks SOCKS"
+        f"the proxy {name} does not answer, or reaches no host",
+        "check its address, and that it speaks SOCKS",
+        "upgrade",
     )
     way = Proxy(
         ProxyType.SOCKS4 if proxy.scheme.startswith("socks4") else ProxyType.SOCKS5,
@@ -144,11 +152,13 @@ async def _socks(recipe: tcp.TcpRecipe, progress: tcp.Progress, proxy: SplitResu
         raise ConnectFailed(
             f"{place}: the proxy {name} cannot be reached: {error.strerror or error}",
             fix='check its address and port; without a proxy set proxy = "none"',
+            stage="reach",
         ) from error
     except ProxyError as error:
         raise ConnectFailed(
             f"{place}: the proxy {name} does not connect: {error}",
             fix="check host, port and the credentials of the proxy, and its log",
+            stage="upgrade",
         ) from error
     sock.setblocking(False)
     tcp.tune_socket(recipe, sock)

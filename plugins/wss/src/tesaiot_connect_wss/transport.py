@@ -14,7 +14,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import attrs
 
@@ -47,10 +47,12 @@ PATH = "/mqtt"
 _HANDSHAKE = tcp.Stage(
     "the server accepted the connection but does not answer the TLS handshake",
     "check that the port speaks TLS; for one that does not, use ws://",
+    "secure",
 )
 _UPGRADE = tcp.Stage(
     "the server does not answer the upgrade to WebSocket",
     "check that the port is the broker's WebSocket listener, not that of plain MQTT (1883, 8883)",
+    "upgrade",
 )
 _NOT_TLS = "the port may speak WebSocket without TLS: then use ws://, or the broker's wss:// port"
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
@@ -273,7 +275,8 @@ class Wss:
         except Disconnected as error:
             place = tcp.place(self)
             what = error.what if place in error.what else f"{place}: {error.what}"
-            raise ConnectFailed(what, fix=error.fix or _UPGRADE.fix) from error
+            stage: Literal["secure", "upgrade"] = "secure" if made.tls_failed else "upgrade"
+            raise ConnectFailed(what, fix=error.fix or _UPGRADE.fix, stage=stage) from error
         except BaseException:
             made.abort()
             raise

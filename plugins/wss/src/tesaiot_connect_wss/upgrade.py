@@ -85,7 +85,9 @@ class ClientOpening:
             self._size += len(data)
             if self._size > _ANSWER:
                 raise ConnectFailed(
-                    f"{self._place}: the answer to the upgrade has no end", fix=_NOT_WEBSOCKET
+                    f"{self._place}: the answer to the upgrade has no end",
+                    fix=_NOT_WEBSOCKET,
+                    stage="upgrade",
                 )
             self.library.receive_data(data)
             self._judge()
@@ -93,11 +95,15 @@ class ClientOpening:
         self._head += data
         begin = self._head[:5]
         if begin != b"HTTP/"[: len(begin)]:
-            raise ConnectFailed(f"{self._place}: the port answers, but not with HTTP", fix=_NOT_WEBSOCKET)
+            raise ConnectFailed(
+                f"{self._place}: the port answers, but not with HTTP", fix=_NOT_WEBSOCKET, stage="upgrade"
+            )
         head, end, rest = self._head.partition(_END)
         if not end:
             if len(self._head) > _HEAD:
-                raise ConnectFailed(f"{self._place}: the answer's HTTP head is too large", fix=_NOT_WEBSOCKET)
+                raise ConnectFailed(
+                    f"{self._place}: the answer's HTTP head is too large", fix=_NOT_WEBSOCKET, stage="upgrade"
+                )
             return None
         self._head = None
         if head.startswith(b"HTTP/1.0 ") and not head.startswith(b"HTTP/1.0 101"):
@@ -137,7 +143,7 @@ class ClientOpening:
         else:
             what = f"the upgrade to WebSocket failed: {error}"
             fix = "a proxy in between may not pass the Upgrade header on, or answer from a cache"
-        raise ConnectFailed(f"{self._place}: {what}", fix=fix) from error
+        raise ConnectFailed(f"{self._place}: {what}", fix=fix, stage="upgrade") from error
 
     def reply(self) -> bytes:
         return b"".join(self.library.data_to_send())

@@ -35,6 +35,7 @@ def closed(code: int, reason: str) -> Disconnected:
 
 
 CUT = "the connection ended without a WebSocket close frame (1006)"
+LOST_FIX = "the session goes on over the next endpoint, if there is one; check the network path to the peer"
 CUT_FIX = "the peer, a proxy or the network broke off: see their logs; proxies cut idle connections"
 
 _REFUSALS = {
@@ -72,7 +73,7 @@ def refused(place: str, status: int, phrase: str, location: str, body: bytes) ->
     line = " ".join(bytes(body[:300]).decode(errors="replace").split())[:120].rstrip(".")
     if line and "<" not in line:
         said += f"; it says: {line}"
-    return ConnectFailed(f"{place}: {said}", fix=fix)
+    return ConnectFailed(f"{place}: {said}", fix=fix, stage="upgrade")
 
 
 def proxy_refused(place: str, proxy: str, status: int, phrase: str) -> ConnectFailed:
@@ -92,4 +93,6 @@ def proxy_refused(place: str, proxy: str, status: int, phrase: str) -> ConnectFa
         504: ("the host does not answer it", "check host and port, and the firewall behind the proxy"),
     }.get(status, ("it refuses", "check its address and port, and its log"))
     answer = f"{status} {phrase}".strip()
-    return ConnectFailed(f"{place}: the proxy {proxy} does not connect: {said} ({answer})", fix=fix)
+    return ConnectFailed(
+        f"{place}: the proxy {proxy} does not connect: {said} ({answer})", fix=fix, stage="upgrade"
+    )
