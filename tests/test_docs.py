@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from guides import REST, blocks
 from platform_thread import Platform
 from real_brokers import free_port, stop, until_listening
 
@@ -128,7 +129,7 @@ def test_the_endpoints_example(udp: str, tmp_path: Path, certificates: Certifica
 
 
 def readme_pipeline() -> str:
-    (block,) = re.findall(r"```toml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (block,) = blocks((ROOT / "README.md").read_text(encoding="utf-8"), "toml")
     assert isinstance(block, str)
     return block
 
@@ -141,18 +142,7 @@ def test_the_pipeline_in_the_readme_is_right(tmp_path: Path) -> None:
 
 
 QUIC_PAGE = (ROOT / "docs" / "guide" / "quic.md").read_text(encoding="utf-8")
-QUIC_BLOCKS = re.findall(r"```toml\n(.*?)```", QUIC_PAGE, re.DOTALL)
-REST = """
-[sources.telemetry]
-type = "mqtt"
-connection = "platform"
-subscribe = ["device/+/telemetry/#"]
-[sinks.log]
-type = "stdout"
-[pipelines.archive]
-from = "telemetry"
-to = ["log"]
-"""
+QUIC_BLOCKS = blocks(QUIC_PAGE, "toml")
 
 
 @pytest.mark.parametrize("block", range(len(QUIC_BLOCKS)))
@@ -202,7 +192,7 @@ def test_every_message_of_the_quic_page_is_one_that_is_said() -> None:
 
 
 def readme_programs() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    return blocks((ROOT / "README.md").read_text(encoding="utf-8"), "python")
 
 
 def test_the_device_and_the_application_in_the_readme(tmp_path: Path) -> None:

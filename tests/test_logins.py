@@ -11,6 +11,7 @@ from typing import cast
 
 import pytest
 from click.testing import CliRunner
+from guides import REST, blocks
 
 from tesaiot_connect import Broker, Client, FirstOf, Message, Refused, load
 from tesaiot_connect.config.serving import load_server
@@ -19,7 +20,7 @@ from tesaiot_connect_auth_token import TokenFile, add_token, revoke_token
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "guide" / "login.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = blocks(PAGE, "toml")
 TOKEN = "tesa_mqtt_acme_a1b2c3d4e5f6g7h8i9j0k1l2m3n4o5p6"
 BROKER = """
 [broker]
@@ -202,19 +203,6 @@ def test_the_writers_run_as_modules(module: str) -> None:
         [sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True, timeout=60
     )
     assert f"usage: python -m {module}" in " ".join(done.stdout.split())
-
-
-REST = """
-[sources.telemetry]
-type = "mqtt"
-connection = "platform"
-subscribe = ["device/+/telemetry/#"]
-[sinks.log]
-type = "stdout"
-[pipelines.archive]
-from = "telemetry"
-to = ["log"]
-"""
 
 
 @pytest.mark.parametrize("block", range(len(BLOCKS)))

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from guides import REST, blocks
 
 from tesaiot_connect import Broker, ListenerSpec, Url
 from tesaiot_connect.testing import Certificates
@@ -16,18 +17,7 @@ from tesaiot_connect_quic_aioquic import QuicAioquic
 from tesaiot_connect_tcp_tls import TcpTls
 
 PAGE = (Path(__file__).resolve().parents[1] / "docs/guide/negotiation.md").read_text(encoding="utf-8")
-FILES = re.findall(r"```toml\n(.*?)```", PAGE, re.DOTALL)
-REST = """
-[sources.telemetry]
-type = "mqtt"
-connection = "platform"
-subscribe = ["device/+/telemetry/#"]
-[sinks.log]
-type = "stdout"
-[pipelines.archive]
-from = "telemetry"
-to = ["log"]
-"""
+FILES = blocks(PAGE, "toml")
 
 
 @pytest.mark.parametrize("number", range(len(FILES)))
@@ -41,7 +31,7 @@ def test_the_files_are_right(number: int, tmp_path: Path) -> None:
 
 
 def test_the_program_runs(certificates: Certificates) -> None:
-    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    (program,) = blocks(PAGE, "python")
 
     async def main() -> str:
         own = certificates.server()

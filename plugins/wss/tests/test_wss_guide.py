@@ -9,6 +9,7 @@ from pathlib import Path
 
 import attrs
 import pytest
+from guides import REST, blocks
 
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_wss import Wss
@@ -16,19 +17,8 @@ from tesaiot_connect_wss import Wss
 ROOT = Path(__file__).resolve().parents[3]
 GUIDE = (ROOT / "docs" / "guide" / "websocket.md").read_text(encoding="utf-8")
 README = (ROOT / "plugins" / "wss" / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```toml\n(.*?)```", GUIDE, re.DOTALL)
+BLOCKS = blocks(GUIDE, "toml")
 TOOL = Path(sys.executable).with_name("tesaiot-connect")
-REST = """
-[sources.telemetry]
-type = "mqtt"
-connection = "platform"
-subscribe = ["device/+/telemetry/#"]
-[sinks.log]
-type = "stdout"
-[pipelines.archive]
-from = "telemetry"
-to = ["log"]
-"""
 
 
 @pytest.mark.parametrize("block", range(len(BLOCKS)))
