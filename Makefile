@@ -37,7 +37,7 @@ demo: setup
 
 # On Linux the real servers are there after `servers`, so a test that misses one fails instead of skipping.
 test: servers
-	$(if $(filter Linux,$(shell uname -s)),TESAIOT_REQUIRE_SERVERS=1) $(PYTEST) -q
+	$(if $(filter Linux,$(shell uname -s)),TESAIOT_REQUIRE_SERVERS=1) $(PYTEST) -q -n 2 --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 from collections.abc import Coroutine, Iterator
 from typing import Any
 
@@ -15,17 +14,16 @@ from tesaiot_connect.testing import Certificates
 
 
 @pytest.fixture(scope="session", autouse=True)
-def state_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What programs learn and keep for their user stays in a folder of the run; children inherit it."""
-    before = {name: os.environ.get(name) for name in ("XDG_STATE_HOME", "LOCALAPPDATA")}
-    folder = str(tmp_path_factory.mktemp("state"))
-    os.environ.update(dict.fromkeys(before, folder))
-    yield
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What programs learn and keep for their user stays in a folder of the run, and no terminal's width
+    counts; children inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = str(tmp_path_factory.mktemp("state"))
+        for name in ("XDG_STATE_HOME", "LOCALAPPDATA"):
+            patch.setenv(name, folder)
+        for name in ("COLUMNS", "LINES"):
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,11 @@ elsewhere the test skips and says what to install.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
+import random
+import re
 import shutil
 import socket
 import subprocess
@@ -30,20 +34,23 @@ def program(name: str, package: str) -> str:
     pytest.skip(reason)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        assert isinstance(port, int)
-        return port
+_WORKER = int(re.sub(r"\D", "", os.environ.get("PYTEST_XDIST_WORKER", "")) or 0) % 8
+_FIRST = 10_000 + 2_000 * _WORKER
+_PORTS = itertools.cycle(random.sample(range(_FIRST, _FIRST + 2_000), 2_000))
+"""Below those that systems give to whoever asks for any; each process that tests has its own."""
+
+
+def free_port(kind: int = socket.SOCK_STREAM) -> int:
+    """One that nobody listens on, and that this run will not soon give again."""
+    for port in _PORTS:
+        with socket.socket(socket.AF_INET, kind) as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError  # it cycles
 
 
 def free_udp_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-        assert isinstance(port, int)
-        return port
+    return free_port(socket.SOCK_DGRAM)
 
 
 def until_listening(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 20.0) -> None:

@@ -413,6 +413,7 @@ def test_our_close_frame(run: Run) -> None:
         (frame(BINARY, bytes(2000)), 1009, "max_message_size"),
         (frame(BINARY, bytes(900), fin=False) + frame(CONT, bytes(900)), 1009, "max_message_size"),
     ],
+    ids=["text", "masked", "too large", "too large in pieces"],
 )
 def test_violations_are_answered_and_told(run: Run, wrong: bytes, code: int, word: str) -> None:
     seen: list[int] = []

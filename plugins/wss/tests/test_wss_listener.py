@@ -210,6 +210,7 @@ def test_every_byte_alone(run: Run) -> None:
         (frame(PING, bytes(126), mask=True), 1002),
         (b"\xff" * 5000, 1002),
     ],
+    ids=["unmasked", "text", "too large", "large ping", "noise"],
 )
 def test_violations(run: Run, wrong: bytes, code: int, caplog: pytest.LogCaptureFixture) -> None:
     ended: asyncio.Queue[str] = asyncio.Queue()
