@@ -182,6 +182,24 @@ def test_a_peer_that_leaves_without_a_word(run: Run) -> None:
     run(main())
 
 
+def test_a_connection_that_broke_before_its_stream_was_taken_says_why(run: Run) -> None:
+    async def main() -> None:
+        silent = Disconnected("it never spoke", fix="ask it")
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            client = socket.create_connection(server.getsockname())
+            theirs, _ = server.accept()
+            theirs.close()
+            _, stream = await asyncio.get_running_loop().create_connection(
+                lambda: AsyncioStream(silent=silent, half_close=False), sock=client
+            )
+            connection = StreamConnection(stream, Peer("there", "test"))
+            await stream.wait_gone()
+            with pytest.raises(Disconnected, match=r"it never spoke. ask it"):
+                await connection.open_stream()
+
+    run(main())
+
+
 def test_after_close_on_this_side(run: Run) -> None:
     async def body(stream: AsyncioStream, theirs: socket.socket) -> None:
         theirs.close()

@@ -406,7 +406,7 @@ class StreamConnection:
 
     def _take(self) -> AsyncioStream:
         if self._stream.state is State.CLOSED and not self._stream.bytes_received:
-            raise Disconnected("the connection is closed")
+            raise self._stream._not_writable()
         self._taken = True
         return self._stream
 
