@@ -19,6 +19,8 @@ _LOOK = 3.0
 was busy, it does not wait longer either before it asks whether the peer is alive."""
 _PROBE_TIMEOUTS = 4
 """A question has so many of the path's own for its answer (RFC 9002 section 6.2), whatever `path_timeout`."""
+_WITHIN = 0.98
+"""Share of `path_timeout` after which a path is left: what a timer sets off takes its time too."""
 _PROBES = 2
 """Times that it was repeated at least, or more was sent a probe timeout later: each packet puts the
 repetition off, so a client that always sends may repeat nothing. One that stood still has done neither."""
@@ -141,4 +143,6 @@ class Liveness:
             return math.inf
         if self._path.probe_timeouts - self._probes + self._more < _PROBES:
             return math.inf
-        return max(self.since + self._limit, self._asked + _PROBE_TIMEOUTS * self._path.probe_timeout)
+        return max(
+            self.since + _WITHIN * self._limit, self._asked + _PROBE_TIMEOUTS * self._path.probe_timeout
+        )
