@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from functools import partial
 from typing import Any
 
 import pytest
@@ -34,12 +35,16 @@ class Addresses:
     async def connect(self, address: Address) -> socket.socket:
         name, plan = address[1], self.plans[address[1]]
         self.started.append(name)
-        if isinstance(plan, OSError):
+        if isinstance(plan, Exception):
             raise plan
         if plan is not None:
             await plan.wait()
         sock = self.sockets[name] = socket.socket()
         return sock
+
+    async def race(self, delay: float) -> socket.socket:
+        attempts = [partial(self.connect, address) for address in self.all]
+        return await race(attempts, delay, failure=OSError, discard=socket.socket.close)
 
     def check(self, winner: socket.socket | None) -> None:
         for sock in self.sockets.values():
@@ -50,20 +55,20 @@ class Addresses:
 
 def test_the_first_address_wins_without_the_others() -> None:
     addresses = Addresses(a=None, b=None)
-    addresses.check(asyncio.run(race(addresses.all, addresses.connect, 3600)))
+    addresses.check(asyncio.run(addresses.race(3600)))
     assert addresses.started == ["a"]
 
 
 def test_a_failure_starts_the_next_at_once() -> None:
     addresses = Addresses(a=OSError("no"), b=OSError("no"), c=None)
-    addresses.check(asyncio.run(race(addresses.all, addresses.connect, 3600)))
+    addresses.check(asyncio.run(addresses.race(3600)))
     assert addresses.started == ["a", "b", "c"]
 
 
 def test_silence_starts_the_next_after_the_delay() -> None:
     async def main() -> None:
         addresses = Addresses(a=asyncio.Event(), b=None)
-        winner = await race(addresses.all, addresses.connect, 0.001)
+        winner = await addresses.race(0.001)
         assert winner is addresses.sockets["b"]
         addresses.check(winner)
 
@@ -74,7 +79,7 @@ def test_two_winners_at_once() -> None:
     async def main() -> None:
         go = asyncio.Event()
         addresses = Addresses(a=go, b=go, c=go)
-        racing = asyncio.create_task(race(addresses.all, addresses.connect, 0.001))
+        racing = asyncio.create_task(addresses.race(0.001))
         while len(addresses.started) < 3:
             await asyncio.sleep(0)
         go.set()
@@ -87,23 +92,21 @@ def test_two_winners_at_once() -> None:
 def test_all_fail() -> None:
     addresses = Addresses(a=OSError("first"), b=OSError("second"))
     with pytest.raises(ExceptionGroup) as failed:
-        asyncio.run(race(addresses.all, addresses.connect, 3600))
+        asyncio.run(addresses.race(3600))
     assert [str(error) for error in failed.value.exceptions] == ["first", "second"]
 
 
 def test_a_bug_is_not_hidden() -> None:
-    async def connect(_address: Address) -> socket.socket:
-        raise KeyError("bug")
-
+    addresses = Addresses(a=KeyError("bug"), b=None)
     with pytest.raises(KeyError):
-        asyncio.run(race([(V4, "a"), (V4, "b")], connect, 3600))
+        asyncio.run(addresses.race(3600))
 
 
 def test_cancelled_it_leaves_nothing() -> None:
     async def main() -> None:
         go = asyncio.Event()
         addresses = Addresses(a=go, b=go)
-        racing = asyncio.create_task(race(addresses.all, addresses.connect, 0.001))
+        racing = asyncio.create_task(addresses.race(0.001))
         while len(addresses.started) < 2:
             await asyncio.sleep(0)
         go.set()

@@ -119,25 +119,30 @@ def alternate(addresses: Sequence[Address]) -> list[Address]:
 
 
 async def race(
-    addresses: Sequence[Address],
-    connect: Callable[[Address], Awaitable[socket.socket]],
+    attempts: Sequence[Callable[[], Awaitable[T]]],
     delay: float,
-) -> socket.socket:
-    """The first socket that connects. `delay` is the head start of each address, in seconds.
+    *,
+    failure: type[Exception],
+    discard: Callable[[T], object],
+) -> T:
+    """What the first attempt that succeeds gives. `delay` is the head start of each, in seconds; `discard`
+    gets what a second one gave at the same moment.
 
-    Raises an ExceptionGroup with the OSError of each address, in order, when none connects.
+    Raises an ExceptionGroup with the `failure` of each attempt, in their order, when none succeeds; any
+    other error at once.
     """
-    waiting = deque(addresses)
-    running: set[asyncio.Task[socket.socket]] = set()
-    errors: list[OSError] = []
+    waiting = deque(attempts)
+    started: list[asyncio.Task[T]] = []
+    running: set[asyncio.Task[T]] = set()
 
-    async def attempt(address: Address) -> socket.socket:
-        return await connect(address)
+    async def run(attempt: Callable[[], Awaitable[T]]) -> T:
+        return await attempt()
 
     try:
         while waiting or running:
             if waiting:
-                running.add(asyncio.create_task(attempt(waiting.popleft())))
+                started.append(asyncio.create_task(run(waiting.popleft())))
+                running.add(started[-1])
             done, _ = await asyncio.wait(
                 running, timeout=delay if waiting else None, return_when=asyncio.FIRST_COMPLETED
             )
@@ -145,11 +150,10 @@ async def race(
                 running.discard(task)
                 error = task.exception()
                 if error is None:
-                    # should two connect at once, the other one is still in `running`
+                    # should two succeed at once, the other one is still in `running`
                     return task.result()
-                if not isinstance(error, OSError):
+                if not isinstance(error, failure):
                     raise error
-                errors.append(error)
     finally:
         for task in running:
             task.cancel()
@@ -158,8 +162,9 @@ async def race(
         finally:  # which is cancelled itself, perhaps
             for task in running:
                 if not task.cancelled() and task.exception() is None:
-                    task.result().close()
-    raise ExceptionGroup("no address could be connected to", errors)
+                    discard(task.result())
+    failed = [error for task in started if isinstance(error := task.exception(), failure)]
+    raise ExceptionGroup("no address gave a connection", failed)
 
 
 def address_text(where: Any) -> str:
@@ -250,7 +255,8 @@ async def dial(recipe: TcpRecipe, progress: Progress, host: str, port: int, what
         ) from error
     progress.stage = CONNECTING
     try:
-        return await race(alternate(addresses), partial(open_socket, recipe), recipe.attempt_delay)
+        attempts = [partial(open_socket, recipe, address) for address in alternate(addresses)]
+        return await race(attempts, recipe.attempt_delay, failure=OSError, discard=socket.socket.close)
     except ExceptionGroup as group:
         found = [error for error in group.exceptions if isinstance(error, OSError)]
         reasons = dict.fromkeys(_os_reason(error) for error in found)

@@ -21,7 +21,7 @@ from tesaiot_connect import ClientCertificate, ConnectFailed, Disconnected, tcp
 from .certificates import Trust, client_trust
 from .configuration import configuration
 from .connection import QuicConnection
-from .dial import ClientEndpoint, race, resolve, unsupported_identity
+from .dial import ClientEndpoint, resolve, unsupported_identity
 from .endpoint import Budget, Tuning, Windows, address_text
 from .explain import explain_silence
 from .quic import Quic
@@ -58,7 +58,9 @@ async def connect(recipe: QuicAioquic, *, identity: ClientCertificate | None, ea
         *(functools.partial(dial, *address) for address in others),
     ]
     try:
-        return await race(attempts, recipe.attempt_delay)
+        return await tcp.race(
+            attempts, recipe.attempt_delay, failure=ConnectFailed, discard=QuicConnection.abort
+        )
     except ExceptionGroup as group:
         raise _failure(group) from group
 
@@ -190,11 +192,8 @@ def _unanswered(
     return ConnectFailed(error.what, fix=error.fix, stage=stage)
 
 
-def _failure(group: ExceptionGroup[Exception]) -> BaseException:
+def _failure(group: ExceptionGroup[Exception]) -> ConnectFailed:
     errors = [error for error in group.exceptions if isinstance(error, ConnectFailed)]
-    others = [error for error in group.exceptions if not isinstance(error, ConnectFailed)]
-    if others:
-        return others[0]
     reasons = dict.fromkeys(error.what for error in errors)
     if len(reasons) == 1:
         return errors[0]

@@ -1,7 +1,6 @@
-"""One QUIC connection out of several addresses: the client's endpoint.
+"""The client's endpoint of a QUIC connection.
 
-Owns: the client's sockets and the race of addresses (RFC 8305). Rules: one connection comes out,
-everything else is closed before it does; early data goes to one address alone.
+Owns: the client's sockets, and what the system says of the path. Rule: only proof ends a connection.
 """
 
 from __future__ import annotations
@@ -11,8 +10,7 @@ import errno
 import logging
 import math
 import socket
-from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tesaiot_connect import Disconnected, PathLost, Unsupported
@@ -45,48 +43,6 @@ async def resolve(host: str, port: int) -> list[tuple[int, Address]]:
     return list(
         dict.fromkeys((int(family), address) for family, _, _, _, address in found if family in families)
     )
-
-
-async def race(attempts: Sequence[Callable[[], Awaitable[QuicConnection]]], delay: float) -> QuicConnection:
-    """The first connection whose handshake completes. `delay` is the head start of each, in seconds.
-
-    Raises an ExceptionGroup with the error of each attempt, in order, when none does.
-    """
-    waiting = deque(attempts)
-    running: list[asyncio.Task[QuicConnection]] = []
-    errors: dict[int, Exception] = {}
-
-    async def run(attempt: Callable[[], Awaitable[QuicConnection]]) -> QuicConnection:
-        return await attempt()
-
-    order: dict[asyncio.Task[QuicConnection], int] = {}
-    try:
-        while waiting or running:
-            if waiting:
-                task = asyncio.create_task(run(waiting.popleft()))
-                order[task] = len(order)
-                running.append(task)
-            done, _ = await asyncio.wait(
-                running, timeout=delay if waiting else None, return_when=asyncio.FIRST_COMPLETED
-            )
-            for task in done:
-                running.remove(task)
-                error = task.exception()
-                if error is None:
-                    return task.result()
-                if not isinstance(error, Exception):
-                    raise error
-                errors[order[task]] = error
-    finally:
-        for task in running:
-            task.cancel()
-        try:
-            await asyncio.gather(*running, return_exceptions=True)
-        finally:  # which is cancelled itself, perhaps
-            for task in running:
-                if not task.cancelled() and task.exception() is None:
-                    task.result().abort()
-    raise ExceptionGroup("no address gave a connection", [errors[one] for one in sorted(errors)])
 
 
 class ClientEndpoint:
