@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 from hypothesis import given, settings, strategies as st
+from installed import EntryPoint
 
 from tesaiot_connect import hookspecs, plugins
 from tesaiot_connect.config import Bundle, bundle_connection, connection, load, read_bundle
@@ -85,14 +86,7 @@ class Fake:
         return {"password": Password, "token": Token, "mtls": Mtls}
 
 
-class FakeEntryPoint:
-    name, value, group, dist = "fake", "fake", hookspecs.GROUP, None
-
-    def load(self) -> Any:
-        return Fake
-
-
-CATALOG: Catalog = plugins.load([FakeEntryPoint()])  # type: ignore[list-item]
+CATALOG: Catalog = plugins.load([EntryPoint(Fake)])  # type: ignore[list-item]
 
 # --- bundles --------------------------------------------------------------------------------
 
@@ -524,11 +518,7 @@ def test_what_is_wrong_with_several_values_is_said_of_the_bundle(make: Make, tmp
         def __attrs_post_init__(self) -> None:
             raise ValueError("these do not go together")
 
-    class Entry(FakeEntryPoint):
-        def load(self) -> Any:
-            return Picky
-
-    catalog = plugins.load([Entry()])  # type: ignore[list-item]
+    catalog = plugins.load([EntryPoint(Picky)])  # type: ignore[list-item]
     folder = make()
     file = tmp_path / "pipeline.toml"
     file.write_text('[connections.platform]\nbundle = "bundles/d1"\n')

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import attrs
 import pytest
+from installed import EntryPoint
 
 from tesaiot_connect import hookspecs, plugins
 from tesaiot_connect.cli import execute
@@ -75,16 +76,9 @@ class Fake:
         return {"token": Token}
 
 
-class FakeEntryPoint:
-    name, value, group, dist = "fake", "fake", hookspecs.GROUP, None
-
-    def load(self) -> Any:
-        return Fake
-
-
 @pytest.fixture(autouse=True)
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: [FakeEntryPoint()])
+    monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: [EntryPoint(Fake)])
     monkeypatch.delenv("NOT_SET", raising=False)
 
 
@@ -564,7 +558,7 @@ def test_an_endpoint_whose_plugin_is_broken_is_left_out_where_another_remains(
                 return Unfit
             raise ImportError("no library")
 
-    catalog = plugins.load([FakeEntryPoint(), Point()])  # type: ignore[list-item]
+    catalog = plugins.load([EntryPoint(Fake), Point()])  # type: ignore[list-item]
     file, good = tmp_path / "pipeline.toml", '"mqtts://broker.example:8883"'
     file.write_text(change(good, f"{endpoint}, {good}"))
     config = load(file, catalog=catalog)

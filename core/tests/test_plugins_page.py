@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from installed import EntryPoint
 
 from tesaiot_connect import load, plugins, run
 
@@ -33,13 +34,7 @@ def module(blocks: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> ModuleTyp
 def test_its_pipeline_runs(
     blocks: dict[str, str], module: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Installed:
-        name, value, dist = "page", "page", None
-
-        def load(self) -> Any:
-            return module
-
-    monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: [Installed()])
+    monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: [EntryPoint(module, "page")])
     assert not plugins.load().failures()
     file = tmp_path / "pipeline.toml"
     file.write_text(blocks["toml"])

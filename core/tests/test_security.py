@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import attrs
 import pytest
+from installed import EntryPoint
 
 from tesaiot_connect import hookspecs, plugins
 from tesaiot_connect.cli import execute
@@ -86,14 +87,7 @@ class Fake:
         return {"tls": Tls, "local": Socket, "vouching": Vouching}
 
 
-class FakeEntryPoint:
-    name, value, group, dist = "fake", "fake", hookspecs.GROUP, None
-
-    def load(self) -> Any:
-        return Fake
-
-
-CATALOG: Catalog = plugins.load([FakeEntryPoint()])  # type: ignore[list-item]
+CATALOG: Catalog = plugins.load([EntryPoint(Fake)])  # type: ignore[list-item]
 
 REST = """
 [sources.in]
@@ -356,7 +350,7 @@ def test_a_server_below_the_policy_is_not_connected_to(tmp_path: Path, certifica
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tesaiot_connect.plugins.metadata.entry_points", lambda group: [FakeEntryPoint()])
+    monkeypatch.setattr("tesaiot_connect.plugins.metadata.entry_points", lambda group: [EntryPoint(Fake)])
 
 
 def lint(file: Path, capsys: pytest.CaptureFixture[str], code: int = 0) -> list[str]:

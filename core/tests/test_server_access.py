@@ -10,6 +10,7 @@ from typing import Any
 import attrs
 import pytest
 from engine_peer import EnginePeer
+from installed import EntryPoint
 
 from tesaiot_connect import access as access_module, hookspecs, plugins
 from tesaiot_connect.access import Access, AccessRule, Account, FirstOf
@@ -536,17 +537,10 @@ class Fake:
         return {"users": Users, "open": Open}
 
 
-class FakeEntryPoint:
-    name, value, group, dist = "fake", "fake", hookspecs.GROUP, None
-
-    def load(self) -> Any:
-        return Fake
-
-
 @pytest.fixture
 def read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ServerConfig]:
     real = list(plugins.metadata.entry_points(group=hookspecs.GROUP))
-    monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: [*real, FakeEntryPoint()])
+    monkeypatch.setattr(plugins.metadata, "entry_points", lambda group: [*real, EntryPoint(Fake)])
 
     def load(text: str) -> ServerConfig:
         file = tmp_path / "broker.toml"
