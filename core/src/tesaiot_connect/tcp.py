@@ -111,6 +111,16 @@ async def resolve(host: str, port: int) -> list[Address]:
     return list(dict.fromkeys((family, address) for family, _, _, _, address in found))
 
 
+def unresolved(host: str, error: OSError | UnicodeError) -> ConnectFailed:
+    """What to raise for a name that has no address; UnicodeError is for labels that are empty or too long."""
+    text = getattr(error, "strerror", None) or "it is not a host name"
+    return ConnectFailed(
+        f"the name {host} cannot be resolved: {text}",
+        fix="check its spelling, the network and this machine's name server",
+        stage="name",
+    )
+
+
 def alternate(addresses: Sequence[Address]) -> list[Address]:
     """The families in turn, the preferred one first (RFC 8305 section 4)."""
     families = dict.fromkeys(family for family, _ in addresses)
@@ -246,13 +256,8 @@ async def dial(recipe: TcpRecipe, progress: Progress, host: str, port: int, what
     progress.stage = RESOLVING
     try:
         addresses = await resolve(host, port)
-    except (OSError, UnicodeError) as error:  # the latter for labels that are empty or too long
-        text = getattr(error, "strerror", None) or "it is not a host name"
-        raise ConnectFailed(
-            f"the name {host} cannot be resolved: {text}",
-            fix="check its spelling, the network and this machine's name server",
-            stage="name",
-        ) from error
+    except (OSError, UnicodeError) as error:
+        raise unresolved(host, error) from error
     progress.stage = CONNECTING
     try:
         attempts = [partial(open_socket, recipe, address) for address in alternate(addresses)]

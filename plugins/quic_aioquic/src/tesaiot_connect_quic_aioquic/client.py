@@ -87,13 +87,8 @@ async def _resolve(recipe: QuicAioquic) -> list[tuple[int, Address]]:
             fix="check this machine's name server",
             stage="name",
         ) from error
-    except (OSError, UnicodeError) as error:  # the latter for labels that are empty or too long
-        text = getattr(error, "strerror", None) or "it is not a host name"
-        raise ConnectFailed(
-            f"the name {recipe.url.host} cannot be resolved: {text}",
-            fix="check its spelling, the network and this machine's name server",
-            stage="name",
-        ) from error
+    except (OSError, UnicodeError) as error:
+        raise tcp.unresolved(recipe.url.host, error) from error
 
 
 async def _dial(
