@@ -30,6 +30,7 @@ from typing import IO, NamedTuple
 
 from drop_in.cases import rows as drop_in_rows
 from negotiation.cases import rows as negotiation_rows
+from nng.cases import rows as nng_rows
 from quic.cases import rows as quic_rows
 from ws.cases import rows as ws_rows
 
@@ -382,7 +383,7 @@ def main() -> int:
             if arguments.only in case.name:
                 rows.append(measured(case, peaks, progress))
                 print(("\r\x1b[K" if progress else "") + show(rows[-1]), flush=True)
-        for more in (quic_rows, ws_rows, drop_in_rows, negotiation_rows):
+        for more in (quic_rows, nng_rows, ws_rows, drop_in_rows, negotiation_rows):
             for one in more(folder, repetitions, scale, arguments.only, pin):
                 rows.append(one)
                 print(show(one), flush=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import tesaiot_connect
+from tesaiot_connect import mqtt
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBLIC = Path(__file__).with_name("public_names.txt")
@@ -66,12 +67,11 @@ def test_the_contracts_know_every_plugin() -> None:
 
 @pytest.mark.parametrize("package", packages()[1:], ids=name)
 def test_plugins_import_the_root_alone(package: Path) -> None:
-    """Their tests may import `tesaiot_connect.testing` too."""
+    """And the rooms that are public as a whole; their tests `tesaiot_connect.testing` too."""
     own = f"tesaiot_connect_{package.name}"
+    public = {"tesaiot_connect", *(f"tesaiot_connect.{room}" for room in tesaiot_connect._ROOMS)}
     for file in package.glob("**/*.py"):
-        allowed = (
-            {"tesaiot_connect", "tesaiot_connect.testing"} if "tests" in file.parts else {"tesaiot_connect"}
-        )
+        allowed = {*public, "tesaiot_connect.testing"} if "tests" in file.parts else public
         for found in imports(ast.parse(file.read_text(encoding="utf-8"))):
             if found.startswith("tesaiot_connect") and found.split(".")[0] != own:
                 assert found in allowed, f"{name(file)} imports {found}"
@@ -128,6 +128,27 @@ def test_importing_the_root_is_light() -> None:
     code = "import sys, tesaiot_connect; print(*sorted(m for m in sys.modules if 'tesaiot' in m))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["tesaiot_connect"]
+
+
+def test_importing_the_engines_room_is_light() -> None:
+    code = (
+        "import sys; from tesaiot_connect import mqtt; print(*sorted(m for m in sys.modules if 'tesai' in m))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["tesaiot_connect", "tesaiot_connect.mqtt"]
+
+
+def test_the_engines_room_has_what_it_names() -> None:
+    """For the interpreter and for a type checker."""
+    tree = ast.parse(Path(mqtt.__file__ or "").read_text(encoding="utf-8"))
+    typed = {
+        alias.asname for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names
+    }
+    assert set(mqtt.__all__) == typed - {None}
+    assert all(getattr(mqtt, public) is not None for public in mqtt.__all__)
+    assert set(mqtt.__all__) <= set(dir(mqtt))
+    with pytest.raises(AttributeError, match="ServerEngin"):
+        getattr(mqtt, "ServerEngin")  # noqa: B009 - a type checker would see it
 
 
 # --- what is pinned -----------------------------------------------------------------------

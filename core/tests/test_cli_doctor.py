@@ -85,7 +85,14 @@ def example() -> Diagnosis:
         certificate=attrs.evolve(fine.certificate, not_after=1.0),  # type: ignore[type-var]
         steps={**fine.steps, "echo": Step("not allowed", what="the broker refuses", fix="use --topic")},
     )
-    last = attrs.evolve(fine, url="mqtt://broker.example:1883", place=3, verified=False, certificate=None)
+    last = attrs.evolve(
+        fine,
+        url="mqtt://broker.example:1883",
+        place=3,
+        verified=False,
+        certificate=None,
+        cannot=("check the host name of a server which has one that is as long as this one", "fly"),
+    )
     outlook = tuple(Outlook(place, place, 0.2) for place in range(4))
     left_out = (
         Attempt("ws://broker.example", "left out", reason="its plugin is missing", fix="pip install it"),
@@ -109,6 +116,8 @@ def test_80_columns_are_enough(capsys: pytest.CaptureFixture[str], monkeypatch: 
         "echo 3 mqtts://broker.example:8883 The broker refuses. fix Use --topic.",
         "certificate 3 mqtts://broker.example:8883 It ends in 0 days.",
         "left out ws://broker.example Its plugin is missing.",
+        "cannot 4 mqtt://broker.example:1883 check the host name of a server which has one",
+        "as long as this one fly left out",
         "12 ms, 0-RTT",
         "12 ms, MQTT 5",
         "receive maximum 20",

@@ -240,6 +240,14 @@ WRONG: dict[str, tuple[str, list[str]]] = {
         change('"mqtts://broker.example:8883"', '{ url = "mqtts://broker.example", via = "tcp" }'),
         ["endpoints[0].via: transport 'tcp' does not serve mqtts://", "tcp_tls"],
     ),
+    "transport not installed": (
+        change('"mqtts://broker.example:8883"', '{ url = "mqtts://broker.example", via = "quic_nng" }'),
+        ["endpoints[0].via: transport 'quic_nng' is not installed", "pip install tesaiot-connect-quic-nng"],
+    ),
+    "transport and scheme not installed": (
+        change('"mqtts://broker.example:8883"', '{ url = "quic://broker.example", via = "quic_nng" }'),
+        ["no installed transport serves quic://", "pip install tesaiot-connect-quic-nng"],
+    ),
     "option of a transport": (
         change('"mqtts://broker.example:8883"', '{ url = "mqtts://broker.example", nodely = true }'),
         ["endpoints[0].nodely: unknown key", "'nodelay'"],
@@ -544,6 +552,12 @@ class Unfit:
         ('"quic://h"', "quic_aioquic", "tesaiot-connect-quic-aioquic", "cannot be imported: ImportError"),
         ('{ url = "mqtts://h", via = "ferry" }', "ferry", "ferry-plugin", "transport 'ferry' does not serve"),
         ('{ url = "mqtts://h", via = "boat" }', "harbour", "harbour-plugin", "Token lacks connect"),
+        (
+            '{ url = "mqtts://h", via = "quic_nng" }',
+            "other",
+            "other-plugin",
+            "transport 'quic_nng' is not installed. Install it: pip install tesaiot-connect-quic-nng",
+        ),
     ],
 )
 def test_an_endpoint_whose_plugin_is_broken_is_left_out_where_another_remains(

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import builtins
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import attrs
 import msgspec
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
+from stairs import two_listeners
 
-from tesaiot_connect.client import ClientOptions, WillOptions
+from tesaiot_connect.client import ClientOptions, MqttConnection, WillOptions
 from tesaiot_connect.diagnosis import (
     Diagnosis,
     Finding,
@@ -30,8 +33,9 @@ from tesaiot_connect.diagnosis.endpoint import quiet
 from tesaiot_connect.diagnosis.findings import NONE, NOT_REACHED, OK, STEPS, WAY, Accepted, Problem, Verdict
 from tesaiot_connect.diagnosis.verdict import forecast, judge
 from tesaiot_connect.errors import Unsupported
-from tesaiot_connect.negotiation import Outlook
+from tesaiot_connect.negotiation import Negotiator, Outlook
 from tesaiot_connect.negotiation.race import Lane
+from tesaiot_connect.protocols import Connection, Transport, Url
 from tesaiot_connect.testing import Certificates
 
 NOW = 1_800_000_000.0
@@ -338,11 +342,58 @@ def test_the_document_has_stable_names() -> None:
         "left_out",
     ]
     assert Accepted("5", "c", session_present=False).limits == {}
+    limited = [attrs.evolve(findings[0], cannot=("fly",)), findings[1]]
+    found = Diagnosis("c", tuple(limited), tuple(known), (), judge(limited, known, NOW))
+    endpoints = document([found])["connections"][0]["endpoints"]
+    assert [one.get("cannot") for one in endpoints] == [["fly"], None]
+
+
+class Shown:
+    """A connection whose peer has shown a certificate, as far as it says."""
+
+    def __init__(self, inner: Connection) -> None:
+        self._inner = inner
+        self.peer = attrs.evolve(inner.peer, secure=True, certificate=b"not DER")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+@attrs.frozen
+class Secured:
+    """A transport in memory that says of itself what a test wants."""
+
+    inner: Transport
+    url: Url
+    verify_hostname: bool = True
+    cannot: Any = ("fly",)
+    schemes: ClassVar[Mapping[str, int]] = {"pair": 1}
+    rank: ClassVar[int] = 0
+    races: ClassVar[bool] = True
+    secure: ClassVar[bool] = True
+
+    async def connect(self, **options: Any) -> Connection:
+        return Shown(await self.inner.connect(**options))  # type: ignore[return-value] # it has all of it
+
+
+def test_what_a_transport_says_of_itself_is_found() -> None:
+    async def main() -> list[Finding]:
+        async with two_listeners() as (_, one, other):
+            endpoints = [
+                Secured(one, Url("pair", "a")),
+                Secured(other, Url("pair", "b"), verify_hostname=False, cannot="a text is no phrases"),
+                other,
+            ]
+            connection = MqttConnection("c", Negotiator(endpoints))
+            return list((await diagnose({"c": connection}, Plan()))[0].findings)
+
+    found = asyncio.run(main())
+    assert [one.usable for one in found] == [True, True, True]
+    assert [one.verified for one in found] == [True, False, False]
+    assert [one.cannot for one in found] == [("fly",), None, None]
 
 
 async def _diagnosed() -> None:
-    from tesaiot_connect.client import MqttConnection
-
     class Own:
         async def connect(self, **_: Any) -> Any:
             raise NotImplementedError
@@ -351,8 +402,6 @@ async def _diagnosed() -> None:
 
 
 def test_a_dialer_of_ones_own_has_no_endpoints() -> None:
-    import asyncio
-
     with pytest.raises(ExceptionGroup) as caught:
         asyncio.run(_diagnosed())
     assert caught.group_contains(Unsupported, match="own has a dialer of its own")

@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import attrs
 import pytest
+from installed import EntryPoint
+
+from tesaiot_connect import Connection, PluginError, Url, hookimpl, plugins
+from tesaiot_connect.config.serving import load_server
 
 GOOD = """
 import attrs
@@ -25,6 +31,32 @@ class Influx:
 def tesaiot_sinks():
     return {"influx": Influx}
 """
+
+TRANSPORT = """
+import attrs
+from typing import ClassVar
+from tesaiot_connect import ConnectorError, Url, hookimpl
+
+@attrs.frozen
+class Ferry:
+    schemes: ClassVar[dict[str, int]] = {"ferry": 1}
+    rank: ClassVar[int] = 7
+    races: ClassVar[bool] = False
+    CANNOT
+    url: Url
+    async def connect(self, *, identity=None, early=b""): ...
+    MISSING
+
+@hookimpl
+def tesaiot_transports():
+    return {"NAME": Ferry}
+"""
+
+
+def transport(name: str, cannot: str = "", missing: str = "") -> str:
+    method = f"@classmethod\n    def missing(cls):\n        {missing}" if missing else ""
+    return TRANSPORT.replace("NAME", name).replace("CANNOT", cannot).replace("MISSING", method)
+
 
 BROKEN = {
     "no_import": ("import no_such_library\n", "cannot be imported: ModuleNotFoundError"),
@@ -46,6 +78,35 @@ BROKEN = {
     "bad_type": (GOOD.replace("url: str", 'url: "NoSuchType"'), "cannot be resolved: NameError"),
     "reserved": (GOOD.replace("url: str", "serializer: str"), "reserved name: serializer"),
     "no_hooks": ("x = 1\n", "implements no hook"),
+    "limits_text": (
+        transport("limits_text", 'cannot: ClassVar[str] = "fly"'),
+        "transport 'limits_text' does not keep its contract: Ferry.cannot must be a tuple of phrases",
+    ),
+    "limits_numbers": (transport("limits_numbers", "cannot: ClassVar = (1,)"), "must be a tuple of phrases"),
+    "limits_none": (
+        transport("limits_none", "cannot: ClassVar = None"),
+        "does not keep its contract: TypeErr",
+    ),
+    "probe_no_method": (
+        transport("probe_no_method", "missing: ClassVar = None"),
+        "Ferry.missing must be a class method",
+    ),
+    "probe_raises": (
+        transport("probe_raises", missing='raise RuntimeError("no idea")'),
+        "transport 'probe_raises': missing() failed: RuntimeError: no idea",
+    ),
+    "probe_exits": (
+        transport("probe_exits", missing="raise SystemExit(3)"),
+        "missing() failed: SystemExit: 3",
+    ),
+    "probe_needs_self": (
+        transport("probe_needs_self", missing="...").replace("@classmethod\n", "\n"),
+        "missing() failed: TypeError",
+    ),
+    "probe_type": (
+        transport("probe_type", missing='return "libferry"'),
+        "missing() returned str, not a ConnectorError or None",
+    ),
 }
 
 
@@ -103,7 +164,12 @@ def test_each_broken_plugin_is_shown_with_its_reason(name: str, listed: tuple[Pa
 
 def test_the_good_one_works(listed: tuple[Path, dict[str, Any]]) -> None:
     rows = [row for row in listed[1]["implementations"] if row["package"].startswith("plug-")]
-    assert [(row["kind"], row["name"], row["package"]) for row in rows] == [("sink", "influx", "plug-good")]
+    assert [(row["kind"], row["name"], row["package"]) for row in rows if row["kind"] == "sink"] == [
+        ("sink", "influx", "plug-good")
+    ]
+    # what only the probe found out is usable as far as anybody knows
+    probed = {row["name"] for row in rows if row["kind"] == "transport"}
+    assert probed == {name for name in BROKEN if name.startswith("probe_")} - {"probe_no_method"}
 
 
 def test_duplicates_are_shown_and_the_first_stays(listed: tuple[Path, dict[str, Any]]) -> None:
@@ -135,3 +201,92 @@ def test_a_file_that_asks_for_a_broken_plugin_is_told_why(tmp_path: Path) -> Non
     done = command(tmp_path, "lint", str(file))
     assert done.returncode == 78
     assert "`tesaiot-connect plugins`): plug-half 1.2, plug-no-import 1.2" in done.stderr
+
+
+def test_a_transport_says_what_it_cannot_do_and_what_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cannot = 'cannot: ClassVar = ("check the name of a server that is at the other side of the sea", "fly")'
+    lacks = 'return ConnectorError("there is no libferry", fix="install it from the package of the harbour")'
+    install(tmp_path, "ferry", transport("ferry", cannot, lacks))
+    install(tmp_path, "boat", transport("boat", missing="return None").replace("= 7", "= 8"))
+    rows = {
+        row["name"]: row
+        for row in json.loads(command(tmp_path, "plugins", "--json").stdout)["implementations"]
+    }
+    assert list(rows["ferry"]) == [
+        *("kind", "name", "schemes", "rank", "races", "cannot", "missing", "package", "version", "built_in")
+    ]
+    assert (rows["ferry"]["rank"], rows["ferry"]["races"]) == (7, False)
+    assert rows["ferry"]["cannot"][1] == "fly"
+    assert rows["ferry"]["missing"] == {
+        "what": "there is no libferry",
+        "fix": "install it from the package of the harbour",
+    }
+    assert (rows["boat"]["cannot"], rows["boat"]["missing"]) == ([], None)
+
+    monkeypatch.setenv("COLUMNS", "80")
+    told = command(tmp_path, "plugins").stdout
+    assert (
+        """\
+transport      boat             plug-boat 1.2  (ferry)
+               rank 8, tried alone
+transport      ferry            plug-ferry 1.2  (ferry)
+               rank 7, tried alone
+               cannot: check the name of a server that is at the other side of
+                 the sea; fly
+               not usable here: there is no libferry. install it from the
+                 package of the harbour
+"""
+        in told
+    )
+    monkeypatch.delenv("COLUMNS")
+    assert "at the other side of the sea; fly\n" in command(tmp_path, "plugins").stdout, "whole"
+
+
+@attrs.frozen
+class Caller:
+    """Only for clients, and preferred."""
+
+    schemes: ClassVar[Mapping[str, int]] = {"ferry": 1, "canoe": 2}
+    rank: ClassVar[int] = 9
+    races: ClassVar[bool] = True
+
+    url: Url
+
+    async def connect(self, **_: Any) -> Connection:
+        raise NotImplementedError
+
+
+@attrs.frozen
+class Host:
+    schemes: ClassVar[Mapping[str, int]] = {"ferry": 1}
+    rank: ClassVar[int] = 1
+    races: ClassVar[bool] = True
+
+    url: Url
+
+    async def connect(self, **_: Any) -> Connection:
+        raise NotImplementedError
+
+    def listen(self, handler: Any, /) -> Any:
+        raise NotImplementedError
+
+
+class Both:
+    @staticmethod
+    @hookimpl
+    def tesaiot_transports() -> dict[str, Any]:
+        return {"caller": Caller, "host": Host}
+
+
+def test_a_listener_takes_a_transport_that_can_listen(tmp_path: Path) -> None:
+    catalog = plugins.load([EntryPoint(Both)])  # type: ignore[list-item]
+    assert [one.name for one in catalog.transports("ferry")] == ["caller", "host"]
+    assert [one.name for one in catalog.listeners("ferry")] == ["host"]
+    with pytest.raises(PluginError, match="Caller has no server half"):
+        catalog.listeners("canoe")
+    file = tmp_path / "broker.toml"
+    file.write_text('[listeners.a]\nscheme = "ferry"\nport = 1\n')
+    (listener,) = load_server(file, environ={}, catalog=catalog).listeners
+    assert isinstance(listener.transport, Host)

@@ -39,6 +39,7 @@ class Tls:
     tls: TlsOptions = attrs.field(factory=TlsOptions)
     server_tls: ServerTls | None = None
     hosts: tuple[str, ...] = ()
+    verify_hostname: bool = True
 
     @property
     def secure(self) -> bool:
@@ -131,6 +132,8 @@ def problems(file: Path, environ: Mapping[str, str] | None = None) -> list[str]:
         ('endpoints = ["mqtts://h"]\ntls = { verify = "none", insecure = true }', 0),
         ('endpoints = ["quic://h"]\ntls = { verify = "none", insecure = true }', 0),
         ('endpoints = [{ url = "mqtts://h", tls = { verify = "none", insecure = true } }]', 0),
+        ('endpoints = [{ url = "quic://h", verify_hostname = false }]', 0),
+        ('endpoints = [{ url = "quic://h", verify_hostname = true }]', 2),
         ('endpoints = ["mqtts://h"]\ntls = { minimum_version = "1.2" }', 1),
         ('endpoints = [{ url = "wss://h", tls = { minimum_version = "1.2" } }]', 1),
         ('endpoints = ["tunnel://h"]', 1),
@@ -197,6 +200,13 @@ def test_violations_have_their_line_key_and_fix(tmp_path: Path) -> None:
         pipeline(tmp_path, 'endpoints = ["mqtts://h"]\ntls = { verify = "none", insecure = true }', "ncsa-1")
     )
     assert only.startswith("5 connections.platform.tls.verify: the server is not verified")
+    (only,) = problems(
+        pipeline(tmp_path, 'endpoints = [{ url = "mqtts://h", verify_hostname = false }]', "ncsa-1")
+    )
+    assert only == (
+        "4 connections.platform.endpoints[0]: the server's name is not verified, which the policy "
+        '"ncsa-1" forbids. Remove `verify_hostname`, or use a transport that can check the name'
+    )
 
 
 def test_a_variable_or_override_is_judged_by_its_value(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import state as state, tcp as tcp
+    from . import mqtt as mqtt, state as state, tcp as tcp
     from .accept import accepting as accepting, serving as serving
     from .access import (
         Access as Access,
@@ -97,11 +97,14 @@ if TYPE_CHECKING:
         Duration as Duration,
         Handler as Handler,
         LazyTransport as LazyTransport,
+        LimitedTransport as LimitedTransport,
         Listener as Listener,
         ListenerStatus as ListenerStatus,
         Login as Login,
+        Pausable as Pausable,
         Peer as Peer,
         Principal as Principal,
+        ProbedTransport as ProbedTransport,
         Process as Process,
         QuicState as QuicState,
         QuicStatus as QuicStatus,
@@ -192,12 +195,14 @@ _HOMES = {
         "Duration",
         "Handler",
         "LazyTransport",
+        "LimitedTransport",
         "Listener",
         "ListenerStatus",
         "Login",
         "Pausable",
         "Peer",
         "Principal",
+        "ProbedTransport",
         "Process",
         "QuicState",
         "QuicStatus",
@@ -271,7 +276,7 @@ _HOMES = {
     ),
 }
 _EXPORTS = {name: room for room, names in _HOMES.items() for name in names}
-_ROOMS = ("state", "tcp")
+_ROOMS = ("mqtt", "state", "tcp")
 """Rooms that are public as a whole: their functions read best with the room's name."""
 
 __all__ = [  # noqa: PLE0604 - the table above is the one list of names

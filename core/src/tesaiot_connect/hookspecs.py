@@ -42,7 +42,8 @@ def tesaiot_transports() -> Mapping[str, type[Transport]]:  # type: ignore[empty
 
     The class says its `schemes`, `rank` and `races`; its first field is `url: Url`, a field
     `tls` receives the connection's TLS table. With a method `listen` it also serves.
-    Reserved key: `via`.
+    What it `cannot` do, and what is `missing` on this machine, it may say too: `LimitedTransport`,
+    `ProbedTransport`. Reserved key: `via`.
     """
 
 

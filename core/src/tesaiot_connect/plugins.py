@@ -19,17 +19,26 @@ import attrs
 import pluggy
 
 from . import builtin, hookspecs
-from .errors import PluginError
+from .errors import ConnectorError, PluginError
+from .protocols import ProbedTransport
 
 Kind = Literal["transport", "auth", "authenticator", "serializer", "source", "sink"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
-PACKAGES = {
-    ("transport", "mqtt"): "tesaiot-connect-tcp-tls",
-    ("transport", "mqtts"): "tesaiot-connect-tcp-tls",
-    ("transport", "ws"): "tesaiot-connect-wss",
+SCHEMES = {
+    "mqtt": "tesaiot-connect-tcp-tls",
+    "mqtts": "tesaiot-connect-tcp-tls",
+    "ws": "tesaiot-connect-wss",
+    "wss": "tesaiot-connect-wss",
+    "quic": "tesaiot-connect-quic-aioquic",
+}
+"""Which package to install for a scheme that no transport serves."""
+
+PACKAGES: Mapping[tuple[Kind, str], str] = {
+    ("transport", "tcp_tls"): "tesaiot-connect-tcp-tls",
     ("transport", "wss"): "tesaiot-connect-wss",
-    ("transport", "quic"): "tesaiot-connect-quic-aioquic",
+    ("transport", "quic_aioquic"): "tesaiot-connect-quic-aioquic",
+    ("transport", "quic_nng"): "tesaiot-connect-quic-nng",
     ("auth", "password"): "tesaiot-connect-auth-password",
     ("auth", "token"): "tesaiot-connect-auth-token",
     ("auth", "mtls"): "tesaiot-connect-auth-mtls",
@@ -37,7 +46,7 @@ PACKAGES = {
     ("authenticator", "token"): "tesaiot-connect-auth-token",
     ("authenticator", "mtls"): "tesaiot-connect-auth-mtls",
 }
-"""Which package brings a scheme or an implementation that is not installed."""
+"""Which package brings an implementation that is not installed."""
 
 RESERVED: Mapping[str, frozenset[str]] = {
     "transport": frozenset({"via"}),
@@ -84,6 +93,26 @@ class Implementation:
     recipe: type[Any]
     plugin: Plugin
 
+    @property
+    def cannot(self) -> tuple[str, ...]:
+        """What this transport cannot do, in phrases that go behind "cannot"."""
+        return tuple(getattr(self.recipe, "cannot", ())) if self.kind == "transport" else ()
+
+    def missing(self) -> ConnectorError | None:
+        """What this transport needs besides its package and does not find. May take a second.
+
+        Raises PluginError where the plugin does not keep the contract of `ProbedTransport`."""
+        if self.kind != "transport" or not issubclass(self.recipe, ProbedTransport):
+            return None
+        try:
+            found: object = self.recipe.missing()
+        except (Exception, SystemExit) as error:
+            raise PluginError(f"{self.kind} {self.name!r}: missing() failed: {_reason(error)}") from error
+        if found is None or isinstance(found, ConnectorError):
+            return found
+        what = f"returned {type(found).__name__}, not a ConnectorError or None"
+        raise PluginError(f"{self.kind} {self.name!r}: missing() {what}")
+
 
 @attrs.frozen
 class Catalog:
@@ -109,7 +138,10 @@ class Catalog:
         for one in self.implementations:
             if one.kind == kind and one.name == name:
                 return one
-        raise PluginError(f"there is no {kind} {name!r}", fix=self._advice(kind, name, self.names(kind)))
+        raise PluginError(
+            f"there is no {kind} {name!r}",
+            fix=self._advice(kind, name, PACKAGES.get((kind, name)), self.names(kind)),
+        )
 
     def transports(self, scheme: str, via: str = "") -> list[Implementation]:
         """All transports of a scheme, best rank first, or the one named by `via`.
@@ -117,25 +149,47 @@ class Catalog:
         Raises PluginError when there is none.
         """
         found = [o for o in self.implementations if o.kind == "transport" and scheme in o.recipe.schemes]
+        installed = via in self.names("transport")
+        package = None if installed else PACKAGES.get(("transport", via))
         if not found:
             raise PluginError(
                 f"no installed transport serves {scheme}://",
-                fix=self._advice("transport", scheme, self.schemes(), "schemes"),
+                fix=self._advice(
+                    "transport", scheme, package or SCHEMES.get(scheme), self.schemes(), "schemes"
+                ),
             )
         if via:
             chosen = [one for one in found if one.name == via]
             if not chosen:
                 names = [one.name for one in found]
+                what = "is not installed" if package else f"does not serve {scheme}://"
                 raise PluginError(
-                    f"transport {via!r} does not serve {scheme}://",
-                    fix=self._advice("transport", via, names, f"of {scheme}://"),
+                    f"transport {via!r} {what}",
+                    fix=self._advice("transport", via, package, names, f"of {scheme}://"),
                 )
             return chosen
         return sorted(found, key=lambda one: (-one.recipe.rank, one.name))
 
-    def _advice(self, kind: Kind, name: str, known: list[str], what: str = "names") -> str:
+    def listeners(self, scheme: str, via: str = "") -> list[Implementation]:
+        """As `transports`, of those with a server half."""
+        served = self.transports(scheme, via)
+        found = [one for one in served if hasattr(one.recipe, "listen")]
+        if not found:
+            package = SCHEMES.get(scheme)
+            absent = package not in {plugin.dist for plugin in self.plugins}
+            raise PluginError(
+                f"{served[0].recipe.__name__} has no server half",
+                fix=f"Install one that has: pip install {package}"
+                if package and absent
+                else "Choose another scheme or `via`",
+            )
+        return found
+
+    def _advice(
+        self, kind: Kind, name: str, package: str | None, known: list[str], what: str = "names"
+    ) -> str:
+        """`package` is what brings it, if that is known."""
         named = [f"{plugin}: {reason}" for plugin, reason in self.failures() if f"{kind} {name!r}" in reason]
-        package = PACKAGES.get((kind, name))
         if not named and package:
             named = [f"{plugin}: {reason}" for plugin, reason in self.failures() if plugin.dist == package]
         if named:
@@ -254,8 +308,21 @@ def _wrong(kind: Kind, name: Any, recipe: Any) -> str:
     keys = {field.alias for field in attrs.fields(recipe) if field.init}
     if keys & RESERVED[kind]:
         return f"has a field with a reserved name: {', '.join(sorted(keys & RESERVED[kind]))}"
-    if kind == "transport" and "url" not in keys:
+    return _wrong_transport(recipe, keys) if kind == "transport" else ""
+
+
+def _wrong_transport(recipe: type[Any], keys: set[str]) -> str:
+    if "url" not in keys:
         return "has no field `url`"
+    try:
+        cannot: Any = getattr(recipe, "cannot", ())
+        phrases = [] if isinstance(cannot, str) else [one for one in cannot if isinstance(one, str) and one]
+        if len(phrases) < len(cannot):
+            return f"does not keep its contract: {recipe.__name__}.cannot must be a tuple of phrases"
+        if not callable(getattr(recipe, "missing", len)):
+            return f"does not keep its contract: {recipe.__name__}.missing must be a class method"
+    except Exception as error:  # noqa: BLE001 - kept as the plugin's failure
+        return f"does not keep its contract: {_reason(error)}"
     return ""
 
 

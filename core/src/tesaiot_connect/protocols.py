@@ -14,6 +14,7 @@ from urllib.parse import unquote, urlsplit
 
 import attrs
 
+from .errors import ConnectorError
 from .message import Delivery, Record
 
 Duration = NewType("Duration", float)
@@ -240,26 +241,21 @@ class ByteStream(Protocol):
         Cancel-safe: a cancelled call loses no bytes. While nobody receives, the peer is held
         back by the transport's own flow control. Raises Disconnected when the stream broke.
         """
-        ...
 
     async def send(self, data: bytes, /) -> None:
         """Takes all of `data`; returns when there is room for more (not when it arrived).
 
         After a cancelled call the stream is only good for `abort`. Raises Disconnected.
         """
-        ...
 
     async def send_eof(self) -> None:
         """No more will be sent; receiving goes on. Raises Unsupported (TLS over TCP cannot)."""
-        ...
 
     async def aclose(self) -> None:
         """Flush, end both directions, release. Idempotent, never raises Disconnected."""
-        ...
 
     def abort(self, code: int = 0) -> None:
         """End at once, without flushing. Idempotent."""
-        ...
 
 
 @runtime_checkable
@@ -268,7 +264,6 @@ class Pausable(Protocol):
 
     def pause(self) -> None:
         """Let bytes gather in the transport until the next `receive`, so that it brings more."""
-        ...
 
 
 @runtime_checkable
@@ -282,38 +277,30 @@ class Connection(Protocol):
     @property
     def early_sent(self) -> bool:
         """Whether the `early` bytes given to `connect` went out (they are then not sent again)."""
-        ...
 
     async def open_stream(self, *, priority: int = 0) -> ByteStream:
         """The first call gives the control stream; waits while the peer allows no more streams.
         Raises Unsupported for a second stream where `multistream` is false, Disconnected."""
-        ...
 
     async def accept_stream(self) -> ByteStream:
         """The next stream the peer opened. Raises Disconnected when there will be none."""
-        ...
 
     def status(self) -> ConnectionStatus: ...
     def set_keepalive(self, seconds: float) -> None:
         """The application's keepalive, for transports with an idle timer of their own; 0 is none."""
-        ...
 
     async def probe(self) -> None:
         """Returns when the path proved alive. Raises Disconnected, Unsupported."""
-        ...
 
     async def migrate(self) -> None:
         """Move to another local address. Raises Unsupported."""
-        ...
 
     async def wait_closed(self) -> CloseReason: ...
     async def aclose(self, code: int = 0, reason: str = "") -> None:
         """Flush what was sent, close, release. Idempotent."""
-        ...
 
     def abort(self, code: int = 0) -> None:
         """Close at once. Idempotent."""
-        ...
 
 
 @runtime_checkable
@@ -332,7 +319,6 @@ class Transport(Protocol):
 
         `early` holds replay-safe bytes for the first stream, sent in 0-RTT where possible.
         """
-        ...
 
 
 @runtime_checkable
@@ -341,7 +327,24 @@ class LazyTransport(Protocol):
 
     def load(self) -> None:
         """Imports it now, so that its time does not count as the network's. Cheap from then on."""
-        ...
+
+
+@runtime_checkable
+class LimitedTransport(Protocol):
+    """A transport that cannot do all that others can. Optional."""
+
+    cannot: ClassVar[Sequence[str]]
+    """What, in phrases that go behind "cannot": "check the server's host name"."""
+
+
+@runtime_checkable
+class ProbedTransport(Protocol):
+    """A transport that needs more than its package. Optional."""
+
+    @classmethod
+    def missing(cls) -> ConnectorError | None:
+        """What must be installed besides and is not there, with how to get it in `fix`; None: all is there.
+        May take a second, raises nothing. `connect` tells the same as Unsupported."""
 
 
 Handler = Callable[[Connection], Awaitable[None]]
@@ -358,7 +361,6 @@ class Listener(Protocol):
 
         Leaving it stops accepting, then cancels the handlers that are still running.
         """
-        ...
 
 
 # --- auth ---------------------------------------------------------------------------------
@@ -383,11 +385,9 @@ class Login(Protocol):
     def credentials(self) -> Credentials: ...
     async def respond(self, data: bytes, /) -> bytes:
         """Answer an AUTH challenge (MQTT 5 section 4.12). Raises ConnectorError to give up."""
-        ...
 
     async def finish(self, data: bytes, /) -> None:
         """The server's last word, with CONNACK. Raises ConnectorError to reject the server."""
-        ...
 
 
 @runtime_checkable
@@ -397,7 +397,6 @@ class Auth(Protocol):
     async def begin(self) -> Login: ...
     async def identity(self) -> ClientCertificate | None:
         """The certificate for the transport's handshake, for mTLS."""
-        ...
 
 
 @runtime_checkable
@@ -407,7 +406,6 @@ class RotatingAuth(Protocol):
     async def changed(self) -> None:
         """Returns when `begin` may give other credentials than it did. Awaited while the client
         waits to connect again, so that it need not wait any longer; cancelled when it does not."""
-        ...
 
 
 class Principal(Protocol):
@@ -421,7 +419,6 @@ class Principal(Protocol):
     @property
     def valid_until(self) -> float | None:
         """Seconds since the epoch; the server disconnects the client then. None is for ever."""
-        ...
 
     def may_publish(self, topic: str, /) -> bool: ...
     def may_subscribe(self, topic_filter: str, /) -> bool: ...
@@ -437,7 +434,6 @@ class ScopedPrincipal(Protocol):
 
     def may_receive(self, topic: str, /) -> bool:
         """Whether a message to this topic may be given to the client, whatever it subscribed to."""
-        ...
 
 
 @runtime_checkable
@@ -447,7 +443,6 @@ class RevocablePrincipal(Protocol):
     def refusal(self) -> str:
         """Why the client may not stay, "" while it may. Asked every few seconds: quick, no I/O
         beyond looking whether a file has changed."""
-        ...
 
 
 class Challenge(Protocol):
@@ -465,7 +460,6 @@ class Authenticator(Protocol):
     async def begin(self, peer: Peer, credentials: Credentials, /) -> Challenge | Principal:
         """Raises Refused; NotApplicable where the credentials are of a sort it does not know, so
         that the next authenticator of the listener is asked."""
-        ...
 
 
 # --- data ---------------------------------------------------------------------------------
@@ -478,7 +472,6 @@ class Serializer(Protocol):
     def decode(self, payloads: Sequence[bytes], /) -> list[Any]: ...
     def encode(self, values: Sequence[Any], /) -> list[bytes]:
         """Raises PayloadError, naming the value."""
-        ...
 
 
 @runtime_checkable
@@ -487,7 +480,6 @@ class RawSerializer(Serializer, Protocol):
 
     def decode_raw(self, payloads: Sequence[bytes], /) -> list[Any]:
         """As `decode`, but a good element is a `msgspec.Raw` with one JSON document."""
-        ...
 
 
 class Reader(Protocol):
@@ -496,7 +488,6 @@ class Reader(Protocol):
 
         Raises EndOfInput when there will be no more, Disconnected to be opened again.
         """
-        ...
 
 
 @runtime_checkable
@@ -514,7 +505,6 @@ class Writer(Protocol):
         PartialDelivery for elements that failed; any other error means that none is sure.
         After any error but PartialDelivery the writer is closed and the sink is opened again.
         """
-        ...
 
 
 @runtime_checkable

@@ -231,6 +231,11 @@ def _sentences(diagnosis: Diagnosis) -> Table:
         made.add_row()
         made.add_row(Text(label, style), Text("\n".join(where), "bold"))
         _told(made, what, "", fix)
+    for limits, where in _lacking(diagnosis.findings).items():
+        made.add_row()
+        made.add_row(Text("cannot", "yellow"), Text("\n".join(where), "bold"))
+        for limit in limits:
+            made.add_row("", _printable(limit))
     for one in diagnosis.left_out:
         made.add_row()
         made.add_row(Text("left out", "yellow"), Text(one.endpoint, "bold"))
@@ -265,6 +270,15 @@ def _notes(findings: Sequence[Finding]) -> dict[_Note, list[str]]:
     return notes
 
 
+def _lacking(findings: Sequence[Finding]) -> dict[tuple[str, ...], list[str]]:
+    """What transports cannot do, and at which endpoints."""
+    limits: dict[tuple[str, ...], list[str]] = {}
+    for found in findings:
+        if found.cannot:
+            limits.setdefault(found.cannot, []).append(_url(found))
+    return limits
+
+
 def _told(made: Table, what: str, cause: str, fix: str) -> None:
     made.add_row("", f"{_sentence(what)}.")
     if cause:
@@ -274,10 +288,15 @@ def _told(made: Table, what: str, cause: str, fix: str) -> None:
 
 
 def _sentence(text: str) -> str:
-    text = "".join(one if one.isprintable() else " " for one in text[:_WORDS])  # some are the broker's
+    text = _printable(text)
     return (
         text[:1].upper() + text[1:] if text[:1].islower() and "://" not in text.split()[0] else text
     ).rstrip(".")
+
+
+def _printable(text: str) -> str:
+    """Some are the broker's."""
+    return "".join(one if one.isprintable() else " " for one in text[:_WORDS])
 
 
 def _time(seconds: float) -> str:

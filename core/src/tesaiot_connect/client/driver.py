@@ -84,6 +84,8 @@ class Client:
         self._name = name or self._client_id
         self._logins = Logins(self._name, auth, self._options)
         self._version = V3 if self._options.protocol == "3.1.1" else V5
+        self._settled = self._options.protocol != "auto"
+        """The version is the one for the rest of the run."""
         self._session = Session()
         self._switchboard = Switchboard()
         self._outbox = Outbox()
@@ -256,10 +258,11 @@ class Client:
                 await self._connect_and_serve(self._ways.take())
                 departed = True
             except Refused as error:
-                self._note(error)
                 self._ways.drop()
-                if error.reason_code == R.UNSUPPORTED_PROTOCOL_VERSION and self._fall_back():
+                if self._may_fall_back(error):
+                    self._fall_back(error)
                     continue
+                self._note(error)
                 again = taken_over and not self._stable
                 taken_over = taken_over or error.reason_code == R.SESSION_TAKEN_OVER
                 # once may be our own CONNECT that came late, or one that was replayed; then it is a rival
@@ -275,7 +278,7 @@ class Client:
                 self._note(Disconnected(f"this attempt failed in an unexpected way: {error!r}"), error)
             if self._closing:
                 return
-            if not self._connects and self._options.protocol == "auto":
+            if not (self._connects or self._settled):
                 self._version = V5
             if self._stable:
                 delays = self._options.reconnect.delays()
@@ -303,13 +306,28 @@ class Client:
             self._failure = error
             log.warning("%s: %s", self._name, error, exc_info=None if again else cause)
 
-    def _fall_back(self) -> bool:
-        """To 3.1.1, if that is allowed, until a connection was accepted in either version."""
-        if self._options.protocol == "auto" and self._version == V5 and not self._connects:
-            log.info("%s: the broker does not seem to speak MQTT 5, trying 3.1.1", self._name)
-            self._version = V3
-            return True
-        return False
+    def _may_fall_back(self, error: Disconnected, prepared: Prepared | None = None) -> bool:
+        """Whether MQTT 3.1.1 is to be tried because of the error: until a connection was accepted whatever
+        may be a refusal of MQTT 5 counts, later on one in words. A move must not cost the session."""
+        return (
+            isinstance(error, Refused)
+            and error.reason_code == R.UNSUPPORTED_PROTOCOL_VERSION
+            and self._version == V5
+            and not (self._settled or self._closing)
+            and (error.permanent or not self._connects)
+            and (prepared is None or self._keep_session)
+        )
+
+    def _fall_back(self, error: Refused) -> None:
+        """To 3.1.1: after a refusal in words for the rest of the run, else until an attempt in it fails."""
+        self._version, self._settled = V3, error.permanent
+        log.info("%s: %s; going on in MQTT 3.1.1", self._name, error.what)
+        if self._connects and not self._keep_session:
+            log.warning(
+                "%s: the session ends with the change to MQTT 3.1.1, and with it what waits at the broker; "
+                "set `client_id`, and `clean_session = false`, to have it kept",
+                self._name,
+            )
 
     async def _connect_and_serve(self, prepared: Prepared | None) -> None:
         """One connection from dialling, unless it is there already, to its end. Returns when it was left for
@@ -366,10 +384,12 @@ class Client:
             client_id=self._client_id,
             accepted=live.accepted,
             origin=credentials.origin or self._logins.origin,
-            may_fall_back=self._options.protocol == "auto" and self._version == V5 and not broken.fix,
+            may_fall_back=self._version == V5 and not (self._settled or broken.fix),
             version=self._version,
             fix=broken.fix,
         )
+        if self._may_fall_back(error, prepared):  # which says nothing against the way
+            raise error
         raise self._ways.judge(live, error)
 
     def _engine(self, connect: Connect) -> ClientEngine:

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from ..dialing import Attempt, Dialed, Dialer, NegotiatingDialer
 from ..errors import ConnectorError, Disconnected, PathLost, Refused
 from ..mqtt.packets import Connack
+from ..mqtt.reasons import R
 from ..protocols import ByteStream, ClientCertificate, Connection, Peer
 from .connection import Live
 from .deliveries import Deliveries
@@ -145,6 +146,18 @@ class Ways:
         assert dialed is not None
         gone = live.broken if isinstance(live.broken, PathLost) and live.closed is None else None
         if prepared is not None and not live.accepted:
+            if (
+                isinstance(error, Refused)
+                and error.reason_code == R.UNSUPPORTED_PROTOCOL_VERSION
+                and error.permanent
+            ):
+                self._rooted = True
+                log.warning(
+                    "%s: %s does not speak the version of MQTT in which this session is kept, so there are "
+                    "no more moves; set `client_id`, with `protocol` left at auto, or set `upgrade = false`",
+                    self._name,
+                    dialed.endpoint,
+                )
             # the credentials were good a moment ago, by the other way
             error = Disconnected(error.what, fix=error.fix)
             self._speak_against(dialed, error, urgent=True)

@@ -215,11 +215,15 @@ class Composer:
         self.warnings += bundle.warnings
         return bundle.left_out
 
-    def transport(self, path: Path, url: Url, via: str, via_path: Path) -> tuple[Url, Any]:
-        """The URL with its scheme's usual name, and the transport's class; None if there is none."""
+    def transport(
+        self, path: Path, url: Url, via: str, via_path: Path, *, listening: bool = False
+    ) -> tuple[Url, Any]:
+        """The URL with its scheme's usual name, and the transport's class; None if there is none.
+        For `listening` those with a server half come first."""
         url = attrs.evolve(url, scheme=ALIASES.get(url.scheme, url.scheme))
         try:
-            return url, self.catalog.transports(url.scheme, via)[0].recipe
+            found = [one.recipe for one in self.catalog.transports(url.scheme, via)]
+            return url, max(found, key=lambda one: listening and hasattr(one, "listen"))
         except PluginError as error:
             served = url.scheme in self.catalog.schemes()
             self.doc.problem(via_path if served else path, error.what, error.fix)

@@ -13,7 +13,7 @@ import attrs
 
 from ..dialing import Attempt
 from ..errors import PluginError, Problem
-from ..plugins import PACKAGES, Catalog
+from ..plugins import PACKAGES, SCHEMES, Catalog
 from ..protocols import Transport, Url
 from .document import show
 from .lines import Path
@@ -122,8 +122,9 @@ def _absent(catalog: Catalog, scheme: str, via: str) -> PluginError | None:
     try:
         catalog.transports(scheme, via)
     except PluginError as error:
-        missing = ("transport", scheme) in PACKAGES and scheme not in catalog.schemes()
-        return error if missing or _broken(catalog, via or scheme) else None
+        missing = scheme in SCHEMES and scheme not in catalog.schemes()
+        unknown = ("transport", via) in PACKAGES and via not in catalog.names("transport")
+        return error if missing or unknown or _broken(catalog, via or scheme) else None
     return None
 
 

@@ -1,8 +1,8 @@
 """`[security]`: which policy every connection and listener of a file must keep, and which they do.
 
 Owns: what the levels ask for, and the words for what falls short. Rule: a recipe is judged by what it
-says of itself (`url`, `secure`, `tls`, `server_tls`), and what it does not say counts as not so; the
-recipe that a policy let through cannot connect in another way.
+says of itself (`url`, `secure`, `tls`, `verify_hostname`, `server_tls`), and what it does not say counts as
+not so, but for `verify_hostname`; the recipe that a policy let through cannot connect in another way.
 
 ncsa-1 asks for an encrypted transport and a server that is verified by its CA; ncsa-2 for TLS 1.3 too.
 """
@@ -83,6 +83,9 @@ def judge(recipe: Any, *, listener: bool) -> Iterator[Shortfall]:
     if not listener and isinstance(tls, TlsOptions) and tls.verify == "none":
         fix = "Remove `verify` and `insecure`; put the CA that issued its certificate into `ca_file`"
         yield Shortfall(1, (name, "verify"), "the server is not verified", fix)
+    elif not listener and getattr(recipe, "verify_hostname", True) is False:
+        fix = "Remove `verify_hostname`, or use a transport that can check the name"
+        yield Shortfall(1, ("verify_hostname",), "the server's name is not verified", fix)
     if recipe.url.scheme == "quic":  # RFC 9001 section 4.2: never below TLS 1.3
         return
     if not isinstance(tls, TlsOptions | ServerTls):

@@ -148,7 +148,7 @@ def _listener(
         return None
     place = (*path, "url" if address.url else "scheme")
     url = address.url or Url(address.scheme, address.host)
-    url, kind = composer.transport(place, url, address.via, (*path, "via"))
+    url, kind = composer.transport(place, url, address.via, (*path, "via"), listening=True)
     if kind is None:
         return None
     if not address.url and address.port != 0:

@@ -25,7 +25,16 @@ from ..errors import ConnectFailed, ConnectorError, Refused, Unsupported
 from ..mqtt.packets import Connack
 from ..mqtt.properties import P
 from ..negotiation import Negotiator
-from ..protocols import ClientCertificate, Connection, Duration, Peer, QuicStatus, Transport, Url
+from ..protocols import (
+    ClientCertificate,
+    Connection,
+    Duration,
+    LimitedTransport,
+    Peer,
+    QuicStatus,
+    Transport,
+    Url,
+)
 from . import certificate, sample
 from .findings import NONE, NOT_REACHED, OK, STEPS, WAY, Accepted, Finding, Problem, Step, StepName
 
@@ -177,6 +186,7 @@ class _Probe:
 
     async def run(self) -> Finding:
         try:
+            self._note(cannot=_limits(self._recipe))
             self._recipe = _own(self._recipe, self._tickets, self._plan.timeout)
             self._tell("name")
             await self._resolve()
@@ -277,7 +287,9 @@ class _Probe:
         self._note(
             transport=peer.transport,
             address=peer.address,
-            verified=peer.secure and peer.certificate is not None,
+            verified=peer.secure
+            and peer.certificate is not None
+            and getattr(self._recipe, "verify_hostname", True) is not False,
             alpn=peer.alpn,
             tls_version=peer.tls_version,
             certificate=None
@@ -368,6 +380,12 @@ def _authorities(recipe: Transport) -> bytes:
         return Path(file).read_bytes() if file is not None else b""
     except OSError:
         return b""
+
+
+def _limits(recipe: Transport) -> tuple[str, ...] | None:
+    if not isinstance(recipe, LimitedTransport) or isinstance(recipe.cannot, str):
+        return None
+    return tuple(str(one) for one in recipe.cannot)
 
 
 async def _leave(connection: Connection) -> None:

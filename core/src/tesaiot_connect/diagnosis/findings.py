@@ -95,6 +95,8 @@ class Finding:
     early_accepted: bool | None = None
     accepted: Accepted | None = None
     problem: Problem | None = None
+    cannot: tuple[str, ...] | None = None
+    """What the transport says that it cannot do; None where it says nothing of that."""
 
     def bare(self, what: str) -> str:
         """Without the endpoint's name at its beginning, for where that stands already."""
@@ -161,10 +163,12 @@ def _connection(found: Diagnosis) -> dict[str, Any]:
 
 def _endpoint(found: Finding, outlook: Outlook) -> dict[str, Any]:
     problem, accepted = found.problem, found.accepted
+    limits = {} if found.cannot is None else {"cannot": list(found.cannot)}
     return {
         "url": found.url,
         "usable": found.usable,
         "transport": found.transport or None,
+        **limits,
         "addresses": list(found.addresses),
         "address": found.address or None,
         "steps": {name: _step(found.steps[name]) for name in STEPS},

@@ -206,7 +206,7 @@ def _possible(catalog: Catalog) -> tuple[tuple[Way, ...], bool, tuple[str, ...]]
     missing: list[str] = []
     for way in WAYS:
         try:
-            catalog.transports(way.scheme)
+            catalog.listeners(way.scheme)
         except PluginError as error:
             missing.append(f"no {way.scheme}://: {error}")
         else:

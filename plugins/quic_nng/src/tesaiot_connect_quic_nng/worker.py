@@ -1,0 +1,373 @@
+"""The process that loads the library: `python -P -m tesaiot_connect_quic_nng.worker DATA CONTROL`.
+
+Owns: the job, the loop that serves one connection, and the end of the process. Rules: it says why it ends, as
+its last word, and leaves by `os._exit` whatever the library's threads do; nothing is read from DATA that the
+session does not want, and nothing taken from the session that DATA does not take; when the other end of
+CONTROL is gone, so is this process, at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import selectors
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import NoReturn, assert_never
+
+from . import control, nanosdk
+from .control import Ended, Failed, Job, Loaded, Ping, Pong, Report, Secured
+from .library import Library, load
+from .secret_file import secret_file
+from .session import Session
+
+_CLOSE = 0.3
+"""Seconds the library gets to close its connection; it may hang or abort then."""
+_FLUSH = 2.0
+"""Seconds the client's side gets to take the last bytes."""
+_LOOK = 0.01
+"""Seconds between two looks at the handshake."""
+_PIECE = 65_536
+_LAST = 0
+"""Number of an UNSUBSCRIBE of our own; the session's begin with 1."""
+
+
+def main(arguments: list[str]) -> NoReturn:
+    data, orders = (socket.socket(fileno=int(number)) for number in arguments)
+    _settle_in(orders)
+    word: Ended | Failed
+    sdk = None
+    try:
+        job = _job(orders)
+        library = _load(job)
+        if isinstance(library, Failed):
+            _leave(library, data, orders)
+        _say(orders, Loaded(library=library.path, version=library.version))
+        if not job.url:
+            _leave(None, data, orders)
+        if job.backend == "nanonng":
+            from . import nanonng
+
+            word = nanonng.serve(library, job, data, orders)
+        else:
+            sdk = nanosdk.NanoSdk(library)
+            failed = _secure(sdk, job, orders)
+            word = failed if failed is not None else _serve(sdk, job, data, orders)
+    except Exception as error:  # noqa: BLE001 - nobody above reads a traceback
+        word = Ended(what=f"the process of quic_nng failed: {type(error).__name__}: {error}")
+    _leave(word, data, orders, sdk)
+
+
+def _settle_in(orders: socket.socket) -> None:
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # it would hold keys, and what clients say
+    for number in (signal.SIGINT, signal.SIGTERM):  # whoever stops all of a service leaves us to our parent
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_guard, args=(orders.fileno(),), name="guard", daemon=True).start()
+
+
+def _guard(descriptor: int) -> NoReturn:
+    """Leaves when the other end of the control socket is gone, whatever the other threads are stuck in."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # no data, only the end
+    while not poll.poll():
+        pass
+    os._exit(0)
+
+
+def _job(orders: socket.socket) -> Job:
+    """Reads the first line and no more: what follows belongs to whoever serves."""
+    length = 0
+    while True:
+        seen = orders.recv(max(_PIECE, 2 * length), socket.MSG_PEEK)
+        if not seen:
+            os._exit(0)
+        end = seen.find(b"\n")
+        if end >= 0 or len(seen) == length:
+            break
+        length = len(seen)
+    line = b""
+    while not line.endswith(b"\n"):
+        line += orders.recv(end + 1 - len(line) if end >= 0 else 1)
+    job = control.orders.decode(line)
+    if not isinstance(job, Job):
+        raise TypeError(f"the first message is no job: {job}")
+    return job
+
+
+def _say(orders: socket.socket, report: Report) -> None:
+    orders.setblocking(True)
+    with contextlib.suppress(OSError):
+        orders.sendall(control.line(report))
+    orders.setblocking(False)
+
+
+def _leave(
+    word: Ended | Failed | None,
+    data: socket.socket,
+    orders: socket.socket,
+    sdk: nanosdk.NanoSdk | None = None,
+) -> NoReturn:
+    """The last word, then the end of the data, and of the process."""
+    try:
+        if word is not None:
+            _say(orders, word)
+        data.close()
+        if sdk is not None:
+            closing = threading.Thread(target=sdk.close, daemon=True)
+            closing.start()
+            closing.join(_CLOSE)
+    finally:
+        os._exit(0)
+
+
+def _load(job: Job) -> Library | Failed:
+    if job.backend == "nanonng":
+        from . import nanonng
+
+        return load("nanonng", job.library, job.msquic, nanonng.SYMBOLS)
+    return load("nanosdk", job.library, job.msquic, nanosdk.SYMBOLS)
+
+
+# --- NanoSDK
+
+
+def _secure(sdk: nanosdk.NanoSdk, job: Job, orders: socket.socket) -> Failed | None:
+    end = time.monotonic() + job.connect_timeout
+    with contextlib.ExitStack() as stack:
+        gate = stack.enter_context(_Gate(job.ca_file)) if job.verify else None
+        settings = nanosdk.Settings(
+            ca_file=gate.path if gate is not None else "",
+            certificate=stack.enter_context(secret_file(job.certificate)) if job.verify else "",
+            key=stack.enter_context(secret_file(job.key)) if job.verify else "",
+            connect_timeout=job.connect_timeout,
+            idle_timeout=job.idle_timeout,
+            keepalive=job.keepalive,
+        )
+        if why := sdk.open(job.url, settings):
+            fix = "check that ca_file, certificate and key are PEM files, and the endpoint's host"
+            return Failed(what=why, fix=fix, stage="secure")
+        if gate is not None:
+            gate.open()
+        while not sdk.ready():
+            if time.monotonic() >= end:
+                return _no_handshake(job)
+            time.sleep(_LOOK)
+    sdk.start()
+    _say(orders, Secured())
+    return None
+
+
+def _no_handshake(job: Job) -> Failed:
+    where = job.url.partition("://")[2]
+    return Failed(
+        what=f"no QUIC handshake with {where} within {job.connect_timeout:.3g} s; NanoSDK does not tell why",
+        fix="check that a broker listens there for MQTT over QUIC (UDP, IPv4, ALPN mqtt)"
+        + (", and that its certificate is of an authority in ca_file" if job.verify else ""),
+        stage="reach",
+    )
+
+
+def _serve(sdk: nanosdk.NanoSdk, job: Job, data: socket.socket, orders: socket.socket) -> Ended:
+    return _Service(sdk, job, data, orders).run()
+
+
+class _Service:
+    """The loop: the client's bytes, the library's events, timers, signs of life."""
+
+    def __init__(self, sdk: nanosdk.NanoSdk, job: Job, data: socket.socket, orders: socket.socket) -> None:
+        self._sdk = sdk
+        self._data = data
+        self._orders = orders
+        self._said = b""
+        """By the parent, up to the end of a line."""
+        self._waiting = memoryview(b"")
+        """For the client, taken from the session."""
+        self._gone = False
+        """The client takes nothing any more."""
+        self._asked = False
+        """Whether the server has all of QoS 0, at the end."""
+        self._session = Session(
+            sdk,
+            window=job.window,
+            ack_timeout=job.ack_timeout,
+            accept_early_acks=job.accept_early_acks,
+            max_packet_size=job.max_packet_size,
+            memory=job.memory,
+            now=time.monotonic(),
+        )
+
+    def run(self) -> Ended:
+        session, data, orders, sdk = self._session, self._data, self._orders, self._sdk
+        data.setblocking(False)
+        orders.setblocking(False)
+        wanted = selectors.EVENT_READ
+        last = None
+        with selectors.DefaultSelector() as selector:
+            selector.register(orders, selectors.EVENT_READ)
+            selector.register(sdk.wake, selectors.EVENT_READ)
+            selector.register(data, wanted)
+            while True:
+                now = time.monotonic()
+                if session.ended is not None:
+                    if last is None:
+                        last = now + _FLUSH
+                        self._ask_for_the_rest(session.ended)
+                    if not (self._waiting or self._asked) or now >= last:
+                        return self._word(session.ended)
+                due = last if last is not None else session.next_timeout()
+                events = (selectors.EVENT_READ if session.reading else 0) | (
+                    selectors.EVENT_WRITE if self._waiting else 0
+                )
+                if events != wanted:
+                    _change(selector, data, wanted, events)
+                    wanted = events
+                ready = selector.select(None if due is None else max(0.0, due - now))
+                now = time.monotonic()
+                for key, what in ready:
+                    if key.fileobj is orders:
+                        self._hear()
+                    elif key.fileobj is sdk.wake:
+                        self._happen(now)
+                    elif what & selectors.EVENT_READ:
+                        self._read(now)
+                if due is not None and now >= due:
+                    session.handle_timeout(now)
+                self._write()
+
+    def _ask_for_the_rest(self, ended: Ended) -> None:
+        """What the library has "sent" is in its buffers, and is dropped there when this process ends. What
+        the server answers now, it answers behind that; and UNSUBSCRIBE is always answered."""
+        if ended.orderly and self._sdk.unproven:
+            self._asked = True
+            self._sdk.unsubscribe(_LAST, [f"tesaiot-connect/{os.urandom(8).hex()}"])
+
+    def _word(self, ended: Ended) -> Ended:
+        if not self._asked:
+            return ended
+        what = f"{ended.what}; the server did not confirm within {_FLUSH:g} s that it has the last of QoS 0"
+        return Ended(what=what, silent=True)
+
+    def _hear(self) -> None:
+        try:
+            piece = self._orders.recv(_PIECE)
+        except BlockingIOError:
+            return
+        except OSError:
+            piece = b""
+        if not piece:
+            os._exit(0)
+        *lines, self._said = (self._said + piece).split(b"\n")
+        for line in lines:
+            order = control.orders.decode(line)
+            if isinstance(order, Ping):
+                _say(self._orders, Pong(order.number))
+
+    def _read(self, now: float) -> None:
+        try:
+            piece = self._data.recv(_PIECE)
+        except BlockingIOError:
+            return
+        except OSError:  # reset: it left without reading all
+            piece = b""
+        if piece:
+            self._session.receive_data(piece, now=now)
+        else:
+            self._session.eof(now=now)
+
+    def _write(self) -> None:
+        while True:
+            if not self._waiting:
+                self._waiting = memoryview(self._session.outputs())
+                if not self._waiting:
+                    return
+            if self._gone:
+                self._waiting = memoryview(b"")
+                continue
+            try:
+                taken = self._data.send(self._waiting)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._gone = True
+                continue
+            self._waiting = self._waiting[taken:]
+
+    def _happen(self, now: float) -> None:
+        session = self._session
+        for event in self._sdk.events():
+            match event:
+                case nanosdk.Acknowledged(ids):
+                    session.acknowledged(ids, now=now)
+                case nanosdk.Received(messages):
+                    session.received(messages, now=now)
+                case nanosdk.Sent(count):
+                    session.sent(count, now=now)
+                case nanosdk.Connack(code, present):
+                    session.connack(code, present, now=now)
+                case nanosdk.Answered(number, codes):
+                    if number == _LAST:
+                        self._asked = False
+                    elif codes is None:
+                        session.unsuback(number, now=now)
+                    else:
+                        session.suback(number, codes, now=now)
+                case nanosdk.Lost(what, fix):
+                    session.lost(what, fix)
+                case _:
+                    assert_never(event)
+
+
+def _change(selector: selectors.BaseSelector, data: socket.socket, before: int, after: int) -> None:
+    if not before:
+        selector.register(data, after)
+    elif not after:
+        selector.unregister(data)
+    else:
+        selector.modify(data, after)
+
+
+class _Gate:
+    """Holds the handshake back while the library opens its client: `path` is that of the authorities, which
+    it reads to verify the server, and cannot before `open`.
+
+    NanoSDK crashes where the handshake is complete before its function for opening returns: the thread of the
+    handshake uses what that function stores last. Between two processes of one machine that is frequent.
+    """
+
+    def __init__(self, ca_file: str) -> None:
+        self._ca_file = ca_file
+        self._text = Path(ca_file).read_bytes()
+
+    def __enter__(self) -> _Gate:
+        self._folder = tempfile.TemporaryDirectory()
+        self._path = Path(self._folder.name) / "ca.pem"
+        self.path = str(self._path)
+        os.mkfifo(self._path)
+        self._pipe = os.open(self._path, os.O_RDWR)  # so opening it for reading does not wait
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._folder.cleanup()
+
+    def open(self) -> None:
+        later = self._path.with_name("later")
+        later.symlink_to(self._ca_file)
+        later.replace(self._path)
+        threading.Thread(target=self._pass, name="gate", daemon=True).start()
+
+    def _pass(self) -> None:
+        """Tells who waits already; where nobody does, the pipe keeps what fits and this thread the rest."""
+        with os.fdopen(self._pipe, "wb") as pipe:
+            pipe.write(self._text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,316 @@
+"""A worker as a process, our broker behind a library of NanoSDK's shape, and a client on its data socket."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import nng_stub
+import pytest
+from nng_peers import PATIENCE, Peer, ServingBroker, WorkerProcess, broker, worker
+
+from tesaiot_connect import Message
+from tesaiot_connect.mqtt import V5
+from tesaiot_connect_quic_nng.control import Failed, Job, Loaded, Ping, Pong
+from tesaiot_connect_quic_nng.trust import throwaway
+
+Start = Callable[..., WorkerProcess]
+
+
+@pytest.fixture(scope="module")
+def served() -> Iterator[ServingBroker]:
+    with broker() as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(nng_stub.installed(tmp_path_factory.mktemp("installed")))
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "stub.log"
+
+
+@pytest.fixture
+def start(served: ServingBroker, library: str, log: Path) -> Iterator[Start]:
+    """`start({"ack_timeout": 1.0}, lose_ack=7)`: a worker with that job and those faults of the library."""
+    with ExitStack() as stack:
+
+        def one(job: dict[str, object] | None = None, **faults: object) -> WorkerProcess:
+            url = f"mqtt-quic://127.0.0.1:{served.port}"
+            told = Job(**{"library": library, "url": url, "verify": False, **(job or {})})  # type: ignore[arg-type]
+            return stack.enter_context(worker(told, nng_stub.environment(log=log, **faults)))
+
+        yield one
+    served.dismiss()
+
+
+def connected(one: WorkerProcess, name: str = "device-1") -> Peer:
+    one.secured()
+    peer = Peer(one.data, name)
+    peer.until(lambda: peer.connected)
+    return peer
+
+
+def numbered(count: int, qos: int, topic: str = "up/x") -> list[Message]:
+    return [Message(topic, b"%d" % number, qos) for number in range(count)]
+
+
+def numbers(messages: list[Message]) -> list[int]:
+    return [int(message.payload) for message in messages]
+
+
+def gone(one: WorkerProcess) -> int:
+    return one.process.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("qos", [0, 1, 2])
+def test_messages_both_ways(start: Start, served: ServingBroker, log: Path, qos: int) -> None:
+    one = start({"accept_early_acks": True})
+    peer, observer = connected(one), served.observer("up/#")
+    peer.publish(numbered(700, qos))
+    observer.until(lambda: len(observer.messages) == 700 or peer.step(0.001))
+    assert numbers(observer.messages) == list(range(700))
+    assert {message.qos for message in observer.messages} == {qos}
+    peer.until(lambda: not qos or len(peer.acknowledged) == 700)
+    peer.subscribe("down/#", qos=qos)
+    served.publish(numbered(100, qos, "down/ä"))
+    peer.until(lambda: len(peer.messages) == 100)
+    assert numbers(peer.messages) == list(range(100))
+    assert {(message.topic, message.qos) for message in peer.messages} == {("down/ä", min(qos, 1))}
+    peer.engine.unsubscribe(["down/#"])
+    peer.until(lambda: len(peer.answers) == 2)
+    peer.disconnect()
+    ended = one.ended()
+    assert ended.orderly, ended
+    assert gone(one) == 0
+    assert one.printed() == ""
+    assert "dropped" not in nng_stub.counters(log)
+
+
+def test_contents_and_retain(start: Start, served: ServingBroker) -> None:
+    sent = [Message("kept/y", b"", 1), Message("kept/z", bytes(range(256)) * 1000, 1, retain=True)]
+    peer = connected(start())
+    peer.publish(sent)
+    peer.until(lambda: len(peer.acknowledged) == 2)
+    observer = served.observer("kept/z")
+    observer.until(lambda: observer.messages)
+    assert observer.messages == [Message("kept/z", sent[1].payload, 1, retain=True)]
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+def test_a_burst_overflows_nothing(start: Start, served: ServingBroker, log: Path, qos: int) -> None:
+    one = start(send_delay=100)
+    peer, observer = connected(one), served.observer("up/#")
+    peer.publish(numbered(5000, qos))
+    observer.until(lambda: len(observer.messages) == 5000 or peer.step(0.001))
+    assert numbers(observer.messages) == list(range(5000))
+    peer.disconnect()
+    assert one.ended().orderly
+    assert nng_stub.counters(log)["publish"] == 5000
+    assert "dropped" not in nng_stub.counters(log)
+
+
+def test_the_client_leaves_right_behind_its_last_message(start: Start, served: ServingBroker) -> None:
+    one = start(send_delay=200)
+    peer, observer = connected(one), served.observer("up/#")
+    peer.publish(numbered(500, 0))
+    peer.disconnect()
+    peer.sock.close()
+    assert one.ended().orderly
+    observer.until(lambda: len(observer.messages) == 500)
+
+
+def test_one_at_a_time(start: Start) -> None:
+    """No acknowledgement waits for the next."""
+    peer = connected(start({"ack_timeout": 5.0}))
+    for number in range(200):
+        peer.publish([Message("up/x", b"1", 1)], first=number)
+        peer.until(lambda number=number: number in peer.acknowledged)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("faults", [{"lose_ack": 50}, {"lose_all_acks_after": 20}])
+def test_lost_acknowledgements_end_it(
+    start: Start, served: ServingBroker, faults: dict[str, int], log: Path
+) -> None:
+    one = start({"ack_timeout": 1.0}, **faults)
+    peer, observer = connected(one), served.observer("up/#")
+    peer.publish(numbered(1000, 1))
+    peer.until(lambda: peer.eof)
+    ended = one.ended()
+    assert ended.silent and not ended.orderly, ended
+    assert "not acknowledged within 1 s" in ended.what
+    observer.until(lambda: len(observer.messages) == nng_stub.counters(log)["publish"])
+    assert peer.acknowledged <= set(numbers(observer.messages))
+    assert len(peer.acknowledged) < 1000
+    assert gone(one) == 0
+
+
+def test_the_connection_ends(start: Start) -> None:
+    one = start(drop_after=30)
+    peer = connected(one)
+    peer.publish(numbered(100, 1))
+    peer.until(lambda: peer.eof)
+    ended = one.ended()
+    assert not ended.silent and not ended.orderly
+    assert "the QUIC connection ended" in ended.what
+    assert gone(one) == 0
+
+
+def test_an_ending_connection_takes_nothing_down(start: Start) -> None:
+    """No acknowledgement that is due then has its aio on a stack."""
+    one = start(drop_after=30, abort_on_loss=True)
+    peer = connected(one)
+    peer.publish(numbered(100, 1))
+    peer.until(lambda: peer.eof)
+    assert "the QUIC connection ended" in one.ended().what
+    assert gone(one) == 0
+
+
+def test_the_library_aborts(start: Start) -> None:
+    one = start(abort_after=30)
+    peer = connected(one)
+    peer.publish(numbered(100, 1))
+    peer.until(lambda: peer.eof)
+    assert gone(one) == -signal.SIGABRT
+    assert not isinstance(one.last_word(), Failed)
+
+
+def test_the_library_aborts_at_the_end(start: Start) -> None:
+    one = start(abort_on_close=True)
+    connected(one).disconnect()
+    assert one.ended().orderly
+
+
+def test_the_library_freezes(start: Start, log: Path) -> None:
+    """Signs of life come from the loop, which goes on; that nothing else does ends it."""
+    one = start({"ack_timeout": 1.0}, hang_after=5)
+    peer = connected(one)
+    peer.publish(numbered(30, 1))
+    peer.until(lambda: nng_stub.counters(log)["publish"] == 5)
+    one.say(Ping(7))
+    assert one.report() == Pong(7)
+    peer.until(lambda: peer.eof)
+    assert one.ended().silent
+    assert gone(one) == 0
+
+
+@pytest.mark.parametrize("faults", [{"no_handshake": True}, {"hang_on_open": True}, {"hang_after": 0}])
+def test_it_goes_with_whoever_started_it(start: Start, faults: dict[str, object]) -> None:
+    one = start({"connect_timeout": 600.0}, **faults)
+    assert isinstance(one.report(), Loaded)
+    if "hang_after" in faults:
+        one.report()
+        peer = Peer(one.data, "device-1")
+        peer.until(lambda: peer.connected)
+        peer.publish(numbered(1, 1))
+        peer.flush()
+    one.orders.close()
+    assert gone(one) == 0
+
+
+def test_it_goes_before_it_has_a_job(library: str) -> None:
+    with worker(Job(library=library)) as one:
+        one.orders.close()
+        assert gone(one) == 0
+
+
+def test_no_handshake(start: Start, served: ServingBroker) -> None:
+    one = start({"connect_timeout": 0.2}, no_handshake=True)
+    failed = one.last_word()
+    assert isinstance(failed, Failed)
+    assert (failed.stage, failed.unsupported) == ("reach", False)
+    assert f"no QUIC handshake with 127.0.0.1:{served.port} within 0.2 s" in failed.what
+    assert "ALPN mqtt" in failed.fix
+    assert gone(one) == 0
+
+
+def test_no_connack(start: Start) -> None:
+    one = start({"ack_timeout": 0.5}, no_connack=True)
+    one.secured()
+    peer = Peer(one.data, "device-1")
+    peer.until(lambda: peer.eof)
+    ended = one.ended()
+    assert ended.silent
+    assert "CONNACK did not come within 0.5 s" in ended.what
+
+
+def test_mqtt_5_is_refused_without_traffic(start: Start, log: Path) -> None:
+    one = start()
+    one.secured()
+    peer = Peer(one.data, "device-1", version=V5)
+    peer.until(lambda: peer.eof)
+    assert peer.closed is not None
+    assert peer.closed.reason_code == 0x84
+    assert "3.1.1" in one.ended().what
+    assert not [line for line in nng_stub.events(log) if line.startswith("send 1 ")]
+
+
+def test_a_client_that_does_not_read(start: Start, served: ServingBroker) -> None:
+    one = start({"memory": 300_000})
+    peer = connected(one)
+    peer.subscribe("down/#", qos=0)
+    for _ in range(30):
+        served.publish([Message("down/x", bytes(10_000))] * 20)
+    ended = one.ended()
+    assert "more than 300000 bytes from the server wait" in ended.what
+
+
+def test_a_client_is_not_read_while_the_window_is_full(start: Start) -> None:
+    """Its bytes stay in the socket."""
+    one = start({"ack_timeout": 600.0}, lose_all_acks_after=0)
+    peer = connected(one)
+    peer.publish([Message("up/x", bytes(10_000), 1)] * 400)
+    end = time.monotonic() + PATIENCE
+    quiet = 0
+    while quiet < 10:
+        assert time.monotonic() < end
+        before = len(peer._output)
+        peer.step()
+        quiet = quiet + 1 if len(peer._output) == before else 0
+    assert len(peer._output) + len(peer._queue) * 10_000 > 1_000_000
+
+
+def test_signs_of_life_and_signals(start: Start) -> None:
+    one = start()
+    peer = connected(one)
+    one.process.send_signal(signal.SIGINT)
+    for number in range(3):
+        one.say(Ping(number))
+        assert one.report() == Pong(number)
+    peer.publish(numbered(1, 1))
+    peer.until(lambda: peer.acknowledged)
+
+
+def test_it_leaves_no_core_and_no_secret(start: Start, tmp_path: Path) -> None:
+    """And the authorities reach the library, which waits for them in its handshake."""
+    pair, ca_file = throwaway(), tmp_path / "ca.pem"
+    ca_file.write_text(pair.certificate + "#" * 200_000)
+    secret: dict[str, object] = {"key": pair.key, "certificate": pair.certificate}
+    one = start({"verify": True, "ca_file": str(ca_file), **secret})
+    connected(one)
+    process = Path("/proc") / str(one.process.pid)
+    if not process.is_dir():
+        pytest.skip("no /proc here")
+    limits = (process / "limits").read_text()
+    assert next(line for line in limits.splitlines() if "core file" in line).split()[4:6] == ["0", "0"]
+    for name in ("cmdline", "environ"):
+        assert b"PRIVATE KEY" not in (process / name).read_bytes()
+    names = [str(entry.readlink()) for entry in (process / "fd").iterdir()]
+    assert not [name for name in names if "memfd" in name]
+
+
+def test_what_it_does_not_understand_has_no_traceback(start: Start) -> None:
+    one = start({"verify": True, "ca_file": "absent.pem"})
+    assert "No such file or directory: 'absent.pem'" in one.ended().what
+    assert gone(one) == 0
+    assert one.printed() == ""
+    with worker(Ping(1)) as two:  # type: ignore[arg-type]
+        assert "no job" in two.ended().what
+        assert gone(two) == 0
+        assert two.printed() == ""
