@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Mapping
-from typing import Any, ClassVar
+from collections.abc import AsyncIterator
+from typing import Any
 
-import attrs
 import pytest
 from many_streams import FAST, run, until
-from stairs import NEVER, Far, Stairs, client, scripts, two_listeners
+from stairs import NEVER, Stairs, client, scripts, two_listeners
+from versions import REFUSALS, Speaks, refuse
 
 from tesaiot_connect.client import Client, ClientOptions, MqttConnection
 from tesaiot_connect.diagnosis import Plan, diagnose
@@ -20,20 +20,8 @@ from tesaiot_connect.mqtt.events import Closed, ConnectRequest, Received
 from tesaiot_connect.mqtt.packets import Subscription
 from tesaiot_connect.mqtt.session import Session
 from tesaiot_connect.negotiation import Negotiator
-from tesaiot_connect.protocols import ByteStream, ClientCertificate, Connection, Transport, Url
+from tesaiot_connect.protocols import Transport, Url
 from tesaiot_connect.server import BrokerOptions
-from tesaiot_connect.testing import connected_pair
-
-REFUSALS = [b"\x20\x02\x00\x01", b"\x20\x02\x00\x84", b"\x20\x03\x00\x84\x00"]
-"""In words: of MQTT 3.1.1, and both forms of MQTT 5."""
-
-
-async def refuse(far: Far, refusal: bytes = REFUSALS[0]) -> None:
-    request = await far.wait(ConnectRequest)
-    assert request.connect.version == 5
-    await far.stream.send(refusal)
-    await far.connection.aclose()
-
 
 # --- what was under way --------------------------------------------------------------------
 
@@ -89,7 +77,7 @@ def test_a_refusal_in_words_counts_at_any_time_and_nothing_is_lost(refusal: byte
             new.connection.abort()
             await asyncio.wait([handling])
             handling.exception()
-            assert (await low.accept(session)).request.connect.version == 4, "for the rest of the run"
+            assert (await low.accept(session)).request.connect.version == 4, "as long as it is spoken"
 
     run(main)
     assert told[:6] == ["connecting", "connected", "waiting", "connecting", "connecting", "connected"]
@@ -184,8 +172,18 @@ def test_a_move_to_an_endpoint_that_speaks_3_1_1_alone() -> None:
     run(main)
 
 
-@pytest.mark.parametrize("options", [{"client_id": ""}, {"protocol": "5"}])
-def test_no_move_costs_the_session(options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("options", "fix"),
+    [
+        ({"client_id": ""}, "set `client_id`, so that"),
+        ({"clean_session": True}, "set `clean_session = false`, so that"),
+        ({"protocol": "5"}, 'set `protocol = "auto"`, or take it out'),
+        ({"protocol": "5", "client_id": ""}, 'set `protocol = "auto"`, and set `client_id`, or take it out'),
+    ],
+)
+def test_no_move_costs_the_session(
+    options: dict[str, Any], fix: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """Where the other version would end it, the old way is taken again, and there are no more moves."""
 
     async def main() -> None:
@@ -205,7 +203,8 @@ def test_no_move_costs_the_session(options: dict[str, Any], caplog: pytest.LogCa
             assert mover.status.better_after is None
 
     run(main)
-    assert "script://better does not speak the version of MQTT" in caplog.text
+    assert "script://better does not speak MQTT 5, in which" in caplog.text
+    assert fix in caplog.text
 
 
 def test_a_session_of_this_run_alone_ends_with_the_change_and_it_is_said(
@@ -220,9 +219,11 @@ def test_a_session_of_this_run_alone_ends_with_the_change_and_it_is_said(
             publishing = asyncio.create_task(one.publish([Message("a", b"x", 1)]))
             await old.wait(Received)
             old.connection.abort()
-            await refuse(await low.next())
+            for _ in range(2):  # there is no other endpoint that would speak MQTT 5
+                await refuse(await low.next())
             new = await low.accept()
             assert (new.request.connect.version, new.request.connect.clean_start) == (4, True)
+            assert len(dialer.blamed) == 1
             new.engine.settle((await new.wait(Received)).token)
             await new.flush()
             await publishing
@@ -234,55 +235,12 @@ def test_a_session_of_this_run_alone_ends_with_the_change_and_it_is_said(
 # --- with a broker -------------------------------------------------------------------------
 
 
-@attrs.frozen
-class Old:
-    """In front of a transport: it refuses MQTT 5, as an endpoint does that speaks 3.1.1 alone."""
-
-    url: Url
-    inner: Transport
-    group: asyncio.TaskGroup
-    versions: list[int] = attrs.field(factory=list)
-    schemes: ClassVar[Mapping[str, int]] = {"old": 1}
-    rank: ClassVar[int] = 0
-    races: ClassVar[bool] = True
-
-    async def connect(self, *, identity: ClientCertificate | None = None, early: bytes = b"") -> Connection:
-        near, far = connected_pair(4096)
-        self.group.create_task(self._serve(far))
-        return near
-
-    async def _serve(self, far: Connection) -> None:
-        with contextlib.suppress(Exception):
-            stream = await far.accept_stream()
-            first = await stream.receive()
-            self.versions.append(first[first.index(b"MQTT") + 4])
-            if self.versions[-1] == 5:
-                await stream.send(REFUSALS[2])
-                await far.aclose()
-                return
-            onward = await self.inner.connect()
-            there = await onward.open_stream()
-            await there.send(first)
-            flows = [asyncio.create_task(_flow(*ends)) for ends in ((stream, there), (there, stream))]
-            await asyncio.wait(flows, return_when=asyncio.FIRST_COMPLETED)
-            for flow in flows:
-                flow.cancel()
-            await asyncio.gather(*flows, return_exceptions=True)
-            onward.abort()
-        far.abort()
-
-
-async def _flow(source: ByteStream, target: ByteStream) -> None:
-    while data := await source.receive():
-        await target.send(data)
-
-
 @contextlib.asynccontextmanager
-async def old_and_new() -> AsyncIterator[tuple[Old, Transport]]:
+async def old_and_new() -> AsyncIterator[tuple[Speaks, Transport]]:
     """Two ways to a broker."""
     options = BrokerOptions(max_queue_messages=100_000)
     async with two_listeners(options) as (_, one, other), asyncio.TaskGroup() as group:
-        yield Old(Url("old", "endpoint"), one, group), other
+        yield Speaks(Url("old", "endpoint"), one, group, 4), other
 
 
 async def flood(one: Client, topic: str, numbers: range) -> None:

@@ -107,6 +107,22 @@ BROKEN = {
         transport("probe_type", missing='return "libferry"'),
         "missing() returned str, not a ConnectorError or None",
     ),
+    "probe_cancels": (
+        transport("probe_cancels", missing="import asyncio; raise asyncio.CancelledError"),
+        "missing() failed: CancelledError",
+    ),
+    "probe_generator": (
+        transport("probe_generator", missing="raise GeneratorExit"),
+        "missing() failed: GeneratorExit",
+    ),
+    "probe_words": (
+        transport("probe_words", missing='return ConnectorError(RuntimeError("x"))'),
+        "missing() returned a ConnectorError whose `what` or `fix` is no text",
+    ),
+    "probe_fix": (
+        transport("probe_fix", missing='return ConnectorError("x", fix=None)'),
+        "missing() returned a ConnectorError whose `what` or `fix` is no text",
+    ),
 }
 
 
@@ -242,6 +258,27 @@ transport      ferry            plug-ferry 1.2  (ferry)
     )
     monkeypatch.delenv("COLUMNS")
     assert "at the other side of the sea; fly\n" in command(tmp_path, "plugins").stdout, "whole"
+
+
+def test_nothing_that_missing_does_spoils_the_answer(tmp_path: Path) -> None:
+    prints = (
+        'import os; print("from python"); os.write(1, b"from a library"); return ConnectorError("a \\udc80")'
+    )
+    install(tmp_path, "ferry", transport("ferry", missing=prints))
+    install(tmp_path, "boat", transport("boat", missing="import threading; threading.Event().wait()"))
+    done = command(tmp_path, "plugins", "--json")
+    told = json.loads(done.stdout)
+    assert "from python" in done.stderr
+    assert "from a library" in done.stderr
+    assert "a \\udc80" in [row["missing"]["what"] for row in told["implementations"] if row["missing"]]
+    assert [one["problem"] for one in told["broken"] if "boat" in one["problem"]] == [
+        "transport 'boat': missing() gave no answer in 5 s"
+    ]
+
+
+def test_a_probe_may_be_interrupted(tmp_path: Path) -> None:
+    install(tmp_path, "ferry", transport("ferry", missing="raise KeyboardInterrupt"))
+    assert command(tmp_path, "plugins").returncode == 130
 
 
 @attrs.frozen

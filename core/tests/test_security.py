@@ -205,7 +205,7 @@ def test_violations_have_their_line_key_and_fix(tmp_path: Path) -> None:
     )
     assert only == (
         "4 connections.platform.endpoints[0]: the server's name is not verified, which the policy "
-        '"ncsa-1" forbids. Remove `verify_hostname`, or use a transport that can check the name'
+        '"ncsa-1" forbids. Use a transport that checks the name, without `verify_hostname`'
     )
 
 

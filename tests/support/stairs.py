@@ -60,7 +60,7 @@ class Stairs:
         return Dialed(connection, self.name(place), place, (Attempt(self.name(place), "won", 4.0),))
 
     def better_after(self, than: Dialed) -> float | None:
-        return 5e9 if than.place else None
+        return 5e9 if set(range(than.place)) - than.barred else None
 
     def lost(self, dialed: Dialed, error: ConnectorError) -> None:
         self.blamed.append((dialed.endpoint, error.what))

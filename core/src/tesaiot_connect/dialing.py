@@ -51,6 +51,8 @@ class Dialed:
     """Which endpoint that is in order of preference, from 0."""
     attempts: tuple[Attempt, ...] = ()
     """In the order in which they began; those left out from the start come last."""
+    barred: frozenset[int] = frozenset()
+    """Places that are no use to the client: nothing better is looked for there."""
 
 
 @runtime_checkable

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import metadata
 from typing import Any, Literal, get_args
@@ -66,6 +67,8 @@ _MEMBERS: Mapping[str, tuple[str, ...]] = {
     "source": ("open",),
     "sink": ("open", "reads"),
 }
+_PATIENCE = 5.0
+"""Seconds a plugin has for its answer."""
 _NAME = re.compile(r"[a-z][a-z0-9_]*\Z")
 
 
@@ -99,19 +102,37 @@ class Implementation:
         return tuple(getattr(self.recipe, "cannot", ())) if self.kind == "transport" else ()
 
     def missing(self) -> ConnectorError | None:
-        """What this transport needs besides its package and does not find. May take a second.
+        """What this transport needs besides its package and does not find. Takes 5 s at most.
 
         Raises PluginError where the plugin does not keep the contract of `ProbedTransport`."""
         if self.kind != "transport" or not issubclass(self.recipe, ProbedTransport):
             return None
-        try:
-            found: object = self.recipe.missing()
-        except (Exception, SystemExit) as error:
-            raise PluginError(f"{self.kind} {self.name!r}: missing() failed: {_reason(error)}") from error
-        if found is None or isinstance(found, ConnectorError):
-            return found
-        what = f"returned {type(found).__name__}, not a ConnectorError or None"
-        raise PluginError(f"{self.kind} {self.name!r}: missing() {what}")
+        answers: list[object] = []
+        failures: list[BaseException] = []
+
+        def ask() -> None:
+            try:
+                answers.append(self.recipe.missing())
+            except BaseException as error:  # noqa: BLE001 - raised below, where somebody waits
+                failures.append(error)
+
+        asked = threading.Thread(target=ask, name=f"missing() of {self.name}", daemon=True)
+        asked.start()
+        asked.join(_PATIENCE)
+        told = f"{self.kind} {self.name!r}: missing()"
+        for failure in failures:
+            if isinstance(failure, KeyboardInterrupt):
+                raise failure
+            raise PluginError(f"{told} failed: {_reason(failure)}") from failure
+        for found in answers:
+            if isinstance(found, ConnectorError):
+                if not (isinstance(found.what, str) and isinstance(found.fix, str)):
+                    raise PluginError(f"{told} returned a ConnectorError whose `what` or `fix` is no text")
+                return found
+            if found is not None:
+                raise PluginError(f"{told} returned {type(found).__name__}, not a ConnectorError or None")
+            return None
+        raise PluginError(f"{told} gave no answer in {_PATIENCE:g} s")
 
 
 @attrs.frozen

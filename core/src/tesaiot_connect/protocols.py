@@ -347,6 +347,15 @@ class ProbedTransport(Protocol):
         May take a second, raises nothing. `connect` tells the same as Unsupported."""
 
 
+@runtime_checkable
+class CheckedTransport(Protocol):
+    """A transport that knows before `connect` what of its recipe it cannot do. Optional."""
+
+    def refusal(self) -> ConnectorError | None:
+        """What was asked for and cannot be had, as `connect` will say too; None: nothing. No I/O, raises
+        nothing. A configuration leaves such an endpoint out, or is wrong where no other one remains."""
+
+
 Handler = Callable[[Connection], Awaitable[None]]
 """Serves one connection; the listener closes it when the handler returns or raises."""
 

@@ -158,6 +158,16 @@ def test_a_pipeline_runs_over_the_next_endpoint(serving: ServingBroker, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_lint_knows_what_cannot_be_had(tmp_path: Path) -> None:
+    named = '{ url = "quic://h", via = "quic_nng", tls = { verify = "full" } }'
+    done = command("lint", pipeline(tmp_path, [named]))
+    assert done.returncode == 78
+    assert "quic_nng cannot do what verify_hostname = true asks for" in done.stdout + done.stderr
+    done = command("lint", pipeline(tmp_path, [named, '"mqtt://127.0.0.1:1"']))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "quic://h is left out: quic_nng cannot do" in done.stdout + done.stderr
+
+
 def test_a_pipeline_with_nothing_else_says_what_to_install(tmp_path: Path) -> None:
     checked = command("check", pipeline(tmp_path, [nng()]))
     assert checked.returncode == 69

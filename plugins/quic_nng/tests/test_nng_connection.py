@@ -329,12 +329,11 @@ def test_one_that_stays_after_its_last_word_is_killed(
     runner.run(run())
 
 
-def test_closing_is_bounded(play: Play, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nng_connection, "_FINISH", 0.1)
+def test_closing_is_bounded(play: Play, runner: asyncio.Runner) -> None:
     play(*UP, "serve", "stop")
 
     async def run() -> None:
-        connection, stream = await dial()
+        connection, stream = await dial(ack_timeout=1.0)
         await stream.aclose()
         assert reaped(connection.pid)
         assert (await connection.wait_closed()).code == 0

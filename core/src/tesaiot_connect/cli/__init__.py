@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from ..errors import ConfigError, ConnectorError, Disconnected, PluginError
+from ..errors import ConfigError, ConnectorError, Disconnected, PluginError, Unsupported
 
 __all__ = ["FAILED", "INVALID_CONFIG", "UNREACHABLE", "USAGE", "command", "execute", "main"]
 
@@ -115,7 +115,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return INVALID_CONFIG, f"{error.what}\n{count} problems"
     if isinstance(error, PluginError):
         return INVALID_CONFIG, f"error: {error}"
-    if isinstance(error, Disconnected):
+    if isinstance(error, Disconnected | Unsupported):
         return UNREACHABLE, f"error: {error}"
     if isinstance(error, ConnectorError):
         return FAILED, f"error: {error}"

@@ -72,8 +72,10 @@ async def _check(connection: MqttConnection) -> tuple[bool, str, list[str]]:
                 if not error.attempts and not isinstance(error, Refused) and len(mute) < most - 1:
                     mute.append(f"{status.url} failed: {error}")
                     continue
-                left_out = [_told(one) for one in status.attempts if one.outcome == "left out"]
-                return False, str(error), [*mute, *left_out]  # the error has the reasons of the others
+                left_out = [one for one in status.attempts if one.outcome == "left out"]
+                # the error has the reasons of the others, and of the only one
+                new = [_told(one) for one in left_out if one.reason not in str(error)]
+                return False, str(error), [*mute, *new]
             status = client.status
         elapsed = (time.monotonic() - began) * 1000
         how = f"ok  {status.endpoint} by {status.transport}, MQTT {status.version}, {elapsed:.0f} ms"

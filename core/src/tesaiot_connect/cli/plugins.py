@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -32,7 +33,8 @@ def command(everything: bool, as_json: bool) -> None:
     """
     from ..plugins import PACKAGES, load
 
-    catalog = load()
+    with _silenced():
+        catalog = load()
     broken = [
         {"plugin": plugin.name, "package": plugin.dist, "version": plugin.version, "problem": reason}
         for plugin, reason in catalog.failures()
@@ -43,7 +45,8 @@ def command(everything: bool, as_json: bool) -> None:
             continue
         missing: ConnectorError | None = None
         try:
-            missing = one.missing()
+            with _silenced():
+                missing = one.missing()
         except PluginError as error:
             plugin = one.plugin
             broken.append(
@@ -76,6 +79,23 @@ def command(everything: bool, as_json: bool) -> None:
         click.echo(f"not installed  {package}")
 
 
+@contextlib.contextmanager
+def _silenced() -> Iterator[None]:
+    """What plugins and their libraries print goes to standard error: ours is for the answer alone."""
+    sys.stdout.flush()
+    kept = -1
+    with contextlib.suppress(OSError):  # one of them is closed
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        if kept >= 0:
+            os.dup2(kept, 1)
+            os.close(kept)
+
+
 def _row(one: Implementation, missing: ConnectorError | None) -> dict[str, Any]:
     recipe, transport = one.recipe, one.kind == "transport"
     return {
@@ -85,11 +105,16 @@ def _row(one: Implementation, missing: ConnectorError | None) -> dict[str, Any]:
         "rank": recipe.rank if transport and isinstance(recipe.rank, int) else None,
         "races": recipe.races if transport and isinstance(recipe.races, bool) else None,
         "cannot": list(one.cannot),
-        "missing": None if missing is None else {"what": missing.what, "fix": missing.fix},
+        "missing": None if missing is None else {"what": _text(missing.what), "fix": _text(missing.fix)},
         "package": one.plugin.dist,
         "version": one.plugin.version,
         "built_in": one.plugin.name == "builtin",
     }
+
+
+def _text(told: str) -> str:
+    """With names of files in it that are no UTF-8."""
+    return told.encode(errors="backslashreplace").decode()
 
 
 def _below(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str | None, str]]:

@@ -20,7 +20,7 @@ from ..errors import ConnectorError, Disconnected, Refused
 from ..message import Message
 from ..mqtt.client import ClientEngine
 from ..mqtt.events import AuthChallenge, Closed, Connected, Event, Received, Send, Suback
-from ..mqtt.packets import V3, V5, Connack, Connect, Subscription
+from ..mqtt.packets import V5, Connack, Connect, Subscription
 from ..mqtt.properties import P
 from ..mqtt.reasons import R
 from ..mqtt.session import Session
@@ -35,6 +35,7 @@ from .moving import Prepared
 from .options import ClientOptions, ClientState, ClientStatus
 from .outbox import Outbox
 from .placement import Placement
+from .version import WORDS, Version
 from .ways import Ways
 
 log = logging.getLogger(__name__)
@@ -83,9 +84,7 @@ class Client:
         self._client_id = self._options.client_id or f"tesaiot-{secrets.token_hex(8)}"
         self._name = name or self._client_id
         self._logins = Logins(self._name, auth, self._options)
-        self._version = V3 if self._options.protocol == "3.1.1" else V5
-        self._settled = self._options.protocol != "auto"
-        """The version is the one for the rest of the run."""
+        self._version = Version(self._name, self._options, keep_session=self._keep_session)
         self._session = Session()
         self._switchboard = Switchboard()
         self._outbox = Outbox()
@@ -136,7 +135,7 @@ class Client:
                 patience = _LEAVE if live.up else _PARTING
                 if live.up:
                     await live.leave()
-                ends = not self._keep_session and self._version == V5
+                ends = not self._keep_session and self._version.current == V5
                 live.engine.disconnect(properties={P.SESSION_EXPIRY: 0} if ends else {})
                 live.notify()
                 await asyncio.wait([task], timeout=patience)
@@ -171,6 +170,7 @@ class Client:
         inbox = self._switchboard.open(wanted, max_messages=max_messages, max_bytes=max_bytes)
         live = self._live
         if live is not None and live.up:
+            self._version.warn(subscriptions=wanted)
             if self._deliveries.left:
                 self._reconnect(live, "a subscription that was closed left messages unsettled")
             else:
@@ -195,6 +195,8 @@ class Client:
         done = self._outbox.add(messages)
         if self._live is not None:
             self._live.flush()
+            if self._live.up:
+                self._version.warn(messages=messages)
         await done
 
     async def connected(self, *, once: bool = False) -> Connack:
@@ -222,7 +224,7 @@ class Client:
             endpoint=self._ways.peer.address,
             url=self._ways.url,
             transport=self._ways.peer.transport,
-            version="5" if self._version == V5 else "3.1.1",
+            version=WORDS[self._version.current],
             session_present=self._connack.session_present if self._connack else False,
             connects=self._connects,
             moves=self._ways.moves,
@@ -259,9 +261,6 @@ class Client:
                 departed = True
             except Refused as error:
                 self._ways.drop()
-                if self._may_fall_back(error):
-                    self._fall_back(error)
-                    continue
                 self._note(error)
                 again = taken_over and not self._stable
                 taken_over = taken_over or error.reason_code == R.SESSION_TAKEN_OVER
@@ -278,14 +277,13 @@ class Client:
                 self._note(Disconnected(f"this attempt failed in an unexpected way: {error!r}"), error)
             if self._closing:
                 return
-            if not (self._connects or self._settled):
-                self._version = V5
             if self._stable:
                 delays = self._options.reconnect.delays()
                 self._ways.lasted()
             if departed:
                 continue
             self._set_state("waiting")
+            self._version.paused(once_connected=bool(self._connects))
             if not self._ways.at_once():
                 delay = next(delays) if delay is None else delay
                 log.info("%s: trying again in %.1f s", self._name, delay)
@@ -306,32 +304,9 @@ class Client:
             self._failure = error
             log.warning("%s: %s", self._name, error, exc_info=None if again else cause)
 
-    def _may_fall_back(self, error: Disconnected, prepared: Prepared | None = None) -> bool:
-        """Whether MQTT 3.1.1 is to be tried because of the error: until a connection was accepted whatever
-        may be a refusal of MQTT 5 counts, later on one in words. A move must not cost the session."""
-        return (
-            isinstance(error, Refused)
-            and error.reason_code == R.UNSUPPORTED_PROTOCOL_VERSION
-            and self._version == V5
-            and not (self._settled or self._closing)
-            and (error.permanent or not self._connects)
-            and (prepared is None or self._keep_session)
-        )
-
-    def _fall_back(self, error: Refused) -> None:
-        """To 3.1.1: after a refusal in words for the rest of the run, else until an attempt in it fails."""
-        self._version, self._settled = V3, error.permanent
-        log.info("%s: %s; going on in MQTT 3.1.1", self._name, error.what)
-        if self._connects and not self._keep_session:
-            log.warning(
-                "%s: the session ends with the change to MQTT 3.1.1, and with it what waits at the broker; "
-                "set `client_id`, and `clean_session = false`, to have it kept",
-                self._name,
-            )
-
     async def _connect_and_serve(self, prepared: Prepared | None) -> None:
         """One connection from dialling, unless it is there already, to its end. Returns when it was left for
-        a better one, else raises Disconnected or Refused."""
+        a better one, or is to be tried in the other version, else raises Disconnected or Refused."""
         self._deliveries.forget_dropped()
         login, identity = (prepared.login, None) if prepared is not None else (None, None)
         try:
@@ -345,7 +320,7 @@ class Client:
                     self._options,
                     credentials,
                     client_id=self._client_id,
-                    version=self._version,
+                    version=self._version.choose(credentials),
                     keep_session=self._keep_session,
                     first=not self._connects,
                 )
@@ -384,13 +359,21 @@ class Client:
             client_id=self._client_id,
             accepted=live.accepted,
             origin=credentials.origin or self._logins.origin,
-            may_fall_back=self._version == V5 and not (self._settled or broken.fix),
-            version=self._version,
+            may_fall_back=self._version.may_guess and not broken.fix,
+            version=engine.connect.version,
             fix=broken.fix,
         )
-        if self._may_fall_back(error, prepared):  # which says nothing against the way
-            raise error
-        raise self._ways.judge(live, error)
+        then = self._version.refused(
+            error,
+            place=self._ways.place,
+            once_connected=bool(self._connects),
+            others=self._ways.several,
+        )
+        if then == "at once":  # which says nothing against the way
+            return
+        if isinstance(error, Refused) and then is not None and (then == "later" or self._connects):
+            error.permanent = False
+        raise self._ways.judge(live, error, advice=self._version.advice if then == "elsewhere" else None)
 
     def _engine(self, connect: Connect) -> ClientEngine:
         """With CONNECT in its output, and behind it what may be published early."""
@@ -463,6 +446,7 @@ class Client:
         self._connack = connack
         self._fatal = None
         self._failure = None
+        self._version.accepted()
         live.accept(self._placement)
         live.connection.set_keepalive(live.engine.keepalive)
         if not connack.session_present:
@@ -480,6 +464,8 @@ class Client:
         how, choice = self._ways.accepted(live, connack)
         self._set_state("connected")
         log.info("%s: %s, %s%s", self._name, how, told, choice)
+        inboxes = [inbox for inbox in self._switchboard.inboxes if not inbox.closed]
+        self._version.warn((one for inbox in inboxes for one in inbox.subscriptions), self._outbox.unfinished)
 
     def _set_state(self, state: ClientState) -> None:
         if self._state == "closed":  # leaving was cancelled, and what it waited for goes on for a moment

@@ -44,7 +44,15 @@ def connect_packet(
     keep_session: bool,
     first: bool,
 ) -> Connect:
-    """CONNECT as the options want it. `keep_session`: beyond this run. `first`: of this run."""
+    """CONNECT as the options want it. `keep_session`: beyond this run. `first`: of this run. Raises Refused
+    for enhanced authentication in MQTT 3.1.1, which has none."""
+    if version != V5 and credentials.method is not None:
+        raise Refused(
+            f"MQTT 3.1.1 has no authentication by {credentials.method}, which the login asks for",
+            fix='set `protocol` to "auto" or "5", or log in with a password, a token or a certificate',
+            reason_code=R.BAD_AUTHENTICATION_METHOD,
+            permanent=True,
+        )
     properties: dict[P, Any] = {}
     if version == V5:
         expiry = min(int(options.session_expiry), 0xFFFFFFFF)

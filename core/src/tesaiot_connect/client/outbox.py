@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 
 from ..errors import ConnectorError, PartialDelivery, PublishRefused
@@ -134,6 +134,11 @@ class Outbox:
         """The same, where nothing may overtake what waits on lanes."""
         if not self._lanes:
             self.offer(publish)
+
+    @property
+    def unfinished(self) -> Iterator[Message]:
+        """The messages of all calls that are not done."""
+        return (message for call in self._open.values() for message in call.messages)
 
     @property
     def lanes(self) -> Sequence[int]:

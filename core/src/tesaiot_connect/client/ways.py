@@ -11,15 +11,17 @@ import logging
 import time
 from collections.abc import Sequence
 
+import attrs
+
 from ..dialing import Attempt, Dialed, Dialer, NegotiatingDialer
 from ..errors import ConnectorError, Disconnected, PathLost, Refused
 from ..mqtt.packets import Connack
-from ..mqtt.reasons import R
 from ..protocols import ByteStream, ClientCertificate, Connection, Peer
 from .connection import Live
 from .deliveries import Deliveries
 from .logins import Logins, cancelled
 from .moving import Mover, Prepared, survives
+from .version import WORDS
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +54,24 @@ class Ways:
         """That was heeded, and no connection has lasted since."""
         self._rooted = False
         """A move has lost the session: there are no more."""
+        self._barred: frozenset[int] = frozenset()
+        """Places of endpoints that refuse the version: there are no moves to them."""
         self._closed = False
 
     @property
     def url(self) -> str:
         """The endpoint of the present connection, or the latest, as configured."""
         return self._dialed.endpoint if self._dialed is not None else ""
+
+    @property
+    def place(self) -> int:
+        """Of that endpoint, in order of preference."""
+        return self._dialed.place if self._dialed is not None else 0
+
+    @property
+    def several(self) -> bool:
+        """Whether there may be other endpoints."""
+        return self._negotiating is not None
 
     @property
     def better_after(self) -> float | None:
@@ -100,8 +114,9 @@ class Ways:
     def accepted(self, live: Live, connack: Connack) -> tuple[str, str]:
         """The broker has said yes: from now on there may be a move to something better. Gives the words for
         which way it went, and for why not another one."""
-        dialed, prepared = self._dialed, self._used
-        assert dialed is not None
+        assert self._dialed is not None
+        self._barred -= {self._dialed.place}
+        dialed, prepared = attrs.evolve(self._dialed, barred=self._barred), self._used
         how = f"{live.connection.peer.transport}{_resumption(live.connection)}"
         if prepared is None:
             told = f"connected to {live.connection.peer.address} by {how}"
@@ -140,27 +155,29 @@ class Ways:
         elif self._closed or cancelled():
             self.drop()
 
-    def judge(self, live: Live, error: Disconnected) -> Disconnected:
-        """What the end of a connection says of its way. Gives the error to raise."""
+    def judge(self, live: Live, error: Disconnected, *, advice: str | None = None) -> Disconnected:
+        """What the end of a connection says of its way. Gives the error to raise. `advice`: the version is
+        refused there, and what may be done about it."""
         dialed, prepared = self._dialed, self._used
         assert dialed is not None
         gone = live.broken if isinstance(live.broken, PathLost) and live.closed is None else None
-        if prepared is not None and not live.accepted:
-            if (
-                isinstance(error, Refused)
-                and error.reason_code == R.UNSUPPORTED_PROTOCOL_VERSION
-                and error.permanent
-            ):
-                self._rooted = True
+        if advice is not None:
+            self._barred |= {dialed.place}
+            if prepared is not None:
                 log.warning(
-                    "%s: %s does not speak the version of MQTT in which this session is kept, so there are "
-                    "no more moves; set `client_id`, with `protocol` left at auto, or set `upgrade = false`",
+                    "%s: %s does not speak MQTT %s, in which this session is kept, so there are no more "
+                    "moves to it; %s, or take it out of `endpoints`",
                     self._name,
                     dialed.endpoint,
+                    WORDS[live.engine.connect.version],
+                    advice,
                 )
+        if prepared is not None and not live.accepted:
             # the credentials were good a moment ago, by the other way
             error = Disconnected(error.what, fix=error.fix)
             self._speak_against(dialed, error, urgent=True)
+        elif advice is not None:
+            self._speak_against(dialed, error, urgent=self.several)
         elif gone is not None or not (live.answered or isinstance(error, Refused)):
             self._speak_against(dialed, gone or error, urgent=gone is not None and live.accepted)
         return error

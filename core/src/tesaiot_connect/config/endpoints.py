@@ -1,8 +1,8 @@
 """`endpoints` of a connection -> transports, and which of them cannot take part.
 
 Owns: the table of an endpoint, and what leaves one out. Rule: an endpoint whose plugin is missing or broken,
-or that the policy forbids, is left out with a warning where another one remains; where none does, each is
-an error.
+or that the policy forbids, or that asks its transport for what that cannot do, is left out with a warning
+where another one remains; where none does, each is an error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import attrs
 from ..dialing import Attempt
 from ..errors import PluginError, Problem
 from ..plugins import PACKAGES, SCHEMES, Catalog
-from ..protocols import Transport, Url
+from ..protocols import CheckedTransport, Transport, Url
 from .document import show
 from .lines import Path
 from .structure import keys
@@ -107,6 +107,9 @@ def _endpoint(composer: Composer, path: Path, value: Any, tls: Any) -> _Made:
     made: Transport | None = composer.structure(path, {"url": url, **rest}, kind, also=("via",), moved=moved)
     if made is None:
         return _Made(path, "")
+    refusal = made.refusal() if isinstance(made, CheckedTransport) else None
+    if refusal is not None:
+        return _Made(path, str(url), reasons=(doc.note(path, refusal.what, refusal.fix),))
 
     def place(key: Path) -> Path:
         written = rest.get("tls")

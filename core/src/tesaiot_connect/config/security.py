@@ -84,7 +84,7 @@ def judge(recipe: Any, *, listener: bool) -> Iterator[Shortfall]:
         fix = "Remove `verify` and `insecure`; put the CA that issued its certificate into `ca_file`"
         yield Shortfall(1, (name, "verify"), "the server is not verified", fix)
     elif not listener and getattr(recipe, "verify_hostname", True) is False:
-        fix = "Remove `verify_hostname`, or use a transport that can check the name"
+        fix = "Use a transport that checks the name, without `verify_hostname`"
         yield Shortfall(1, ("verify_hostname",), "the server's name is not verified", fix)
     if recipe.url.scheme == "quic":  # RFC 9001 section 4.2: never below TLS 1.3
         return

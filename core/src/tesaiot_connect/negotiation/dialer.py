@@ -166,7 +166,7 @@ class Negotiator:
         return [
             (place, record.penalty_until if memory.penalised(record, now) else now)
             for place, record in enumerate(self._known[: than.place])
-            if self.endpoints[place].races and place not in self._unable
+            if self.endpoints[place].races and place not in self._unable | than.barred
         ]
 
     async def _next_better(self, than: Dialed) -> int:

@@ -7,6 +7,7 @@ the connection, in its words; what it had said before that is read first.
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 
 from tesaiot_connect import (
@@ -27,12 +28,12 @@ from .control import Ended, Job
 from .supervisor import Crashed, Worker
 from .transport import QuicNng
 
+log = logging.getLogger(__name__)
+
 NAME = "quic_nng"
 _TRIES = 3
 _LAST_WORD = 2.0
 """Seconds between the end of the data and the worker's word about it."""
-_FINISH = 5.0
-"""Seconds a worker has to send what it was given, once the client has closed."""
 _LONGEST_PACKET = 268_435_460
 """Bytes: MQTT 3.1.1 section 2.2.3."""
 _HEADWAY = 0.9
@@ -45,7 +46,9 @@ async def connect(recipe: QuicNng, *, identity: ClientCertificate | None) -> Nng
     NanoSDK now and then crashes at a handshake that is quick, which says nothing of the endpoint: another
     process tries again.
     """
-    trust.refuse(recipe)
+    refused = recipe.refusal()
+    if refused is not None:
+        raise Unsupported(f"{recipe.place}: {refused.what}", fix=refused.fix)
     pair = trust.pair(recipe, identity)
     deadline = asyncio.get_running_loop().time() + recipe.connect_timeout
     for _ in range(_TRIES - 1):
@@ -79,7 +82,7 @@ async def _connect(recipe: QuicNng, pair: trust.Pair | None, deadline: float) ->
         alpn="mqtt",
         tls_version="TLSv1.3",
     )
-    return NngConnection(worker, stream, peer)
+    return NngConnection(worker, stream, peer, place=recipe.place, patience=recipe.ack_timeout)
 
 
 async def _resolve(recipe: QuicNng) -> str:
@@ -117,7 +120,7 @@ def _job(recipe: QuicNng, pair: trust.Pair | None, time: float) -> Job:
         watchdog=recipe.watchdog,
         window=recipe.window,
         accept_early_acks=recipe.accept_early_acks,
-        max_packet_size=min(recipe.memory, _LONGEST_PACKET),
+        max_packet_size=_LONGEST_PACKET,
         memory=recipe.memory,
     )
 
@@ -139,18 +142,25 @@ def _too_late(recipe: QuicNng, worker: Worker) -> ConnectFailed:
 
 
 class NngConnection:
-    """`stream` ends in the worker, which is the transport."""
+    """`stream` ends in the worker, which is the transport. `patience`: seconds it has to send what it was
+    given, once the client has closed."""
 
     multistream = False
     early_sent = False
 
-    def __init__(self, worker: Worker, stream: AsyncioStream, peer: Peer) -> None:
+    def __init__(
+        self, worker: Worker, stream: AsyncioStream, peer: Peer, *, place: str, patience: float
+    ) -> None:
+        self._place = place
+        self._patience = patience
         self._worker = worker
         self._bytes = stream
         self._peer = peer
         self._stream = NngStream(self, stream)
         self._taken = False
         self._closed = False
+        self._over = False
+        """It had ended by itself before it was closed."""
 
     @property
     def peer(self) -> Peer:
@@ -200,17 +210,20 @@ class NngConnection:
         return reason
 
     async def aclose(self, code: int = 0, reason: str = "") -> None:
-        """The worker sends what it was given, as long as a few seconds suffice, and is gone then."""
-        self._closed = True
+        """The worker sends what it was given, as long as the `ack_timeout` suffices, and is gone then."""
+        self._closing()
         try:
             await self._bytes.aclose()
         except BaseException:
             self._worker.kill()
             raise
-        await self._worker.finish(_FINISH)
+        await self._worker.finish(self._patience)
+        ended = self._worker.last_word.result()
+        if not (ended.orderly or self._over):
+            log.warning("%s: %s", self._place, ended.what)
 
     def abort(self, code: int = 0) -> None:
-        self._closed = True
+        self._closing()
         self._bytes.abort()
         self._worker.kill()
 
@@ -231,6 +244,10 @@ class NngConnection:
 
     # --- inside
 
+    def _closing(self) -> None:
+        if not self._closed:
+            self._closed, self._over = True, self._worker.last_word.done()
+
     @property
     def _state(self) -> State:
         if self._worker.gone.done():
@@ -242,7 +259,7 @@ class NngConnection:
         if not self._worker.gone.done():
             return None
         ended = self._worker.last_word.result()
-        if ended.orderly or self._closed:
+        if ended.orderly or (self._closed and not self._over):
             return CloseReason(0, "closed on this side")
         return CloseReason(1, ended.what, by_peer=ended.by_peer)
 
@@ -264,6 +281,7 @@ class NngStream:
                     return data
             except Disconnected:
                 if self._connection.closed_here:
+                    await self._connection.wait_closed()  # whoever reads may end whoever closes
                     raise
             self._ended = True
         return await self._end()

@@ -21,9 +21,10 @@ MSQUIC = "TESAIOT_MSQUIC_LIBRARY"
 Backend = Literal["nanosdk", "nanonng"]
 
 _NAMES = {"nanosdk": "NanoSDK", "nanonng": "NanoNNG"}
+_OTHERWISE = 'or take via = "quic_aioquic" (pip install tesaiot-connect-quic-aioquic)'
 _SAY_WHERE = (
-    f"install it, and name the file with `library`, or in the environment with {NNG} (libmsquic: {MSQUIC}); "
-    'or take via = "quic_aioquic"'
+    "install the library, and name the file with `library` beside the endpoint's url, or in the environment "
+    f"with {NNG} (libmsquic: {MSQUIC}); {_OTHERWISE}"
 )
 
 
@@ -54,11 +55,11 @@ def load(backend: Backend, library: str, msquic: str, symbols: Iterable[str]) ->
         # Now, not at the first call: what is missing is to be said, not to kill.
         blocking = ctypes.CDLL(place, mode=os.RTLD_NOW)
     except OSError as error:
-        what = f"{wanted} cannot be loaded from {place} ({origin}): {error}"
+        what = f"{wanted} cannot be loaded from {place} ({origin}): {_reason(error, place)}"
         if "undefined symbol: MsQuic" in str(error):
             what += "; " + ("no libmsquic beside it or in the system" if quic is None else f"loaded {quic}")
             return _absent(what, f"name libmsquic with `msquic` or in the environment with {MSQUIC}")
-        return _absent(what, _SAY_WHERE)
+        return _absent(what, f"correct `library` or {NNG}, or see to what it needs; {_OTHERWISE}")
     found = f"{place} ({origin})"
     kind = _kind(blocking)
     if kind != backend:
@@ -98,7 +99,8 @@ def _libmsquic(option: str, libnng: str) -> tuple[str | None, str]:
         try:
             ctypes.CDLL(place, mode=os.RTLD_NOW | os.RTLD_GLOBAL)
         except OSError as error:
-            why = f"{place} ({'from `msquic`' if option else f'from {MSQUIC}'}): {error}" if named else ""
+            origin = "from `msquic`" if option else f"from {MSQUIC}"
+            why = f"{place} ({origin}): {_reason(error, place)}" if named else ""
         else:
             return place, ""
     return None, why
@@ -129,6 +131,11 @@ def _kind(library: ctypes.CDLL) -> str:
     free.argtypes, free.restype = (ctypes.c_void_p,), None
     free(dialer)
     return "nanonng"
+
+
+def _reason(error: OSError, place: str) -> str:
+    """The linker's words, which often name the file first."""
+    return str(error).removeprefix(f"{place}: ")
 
 
 def _absent(what: str, fix: str) -> Failed:

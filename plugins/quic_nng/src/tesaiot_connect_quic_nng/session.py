@@ -51,6 +51,10 @@ _REFUSED = {
     5: R.NOT_AUTHORIZED,
 }
 """The return codes of MQTT 3.1.1 section 3.2.2.3."""
+_REFUSED_PERHAPS = (
+    "the library does not tell a refused login from a lost connection: check the connection's `auth`, that "
+    "MQTT is spoken there, and the broker's log"
+)
 _AGAIN = "the connection is made anew, and what is unknown is sent again"
 
 
@@ -224,7 +228,7 @@ class Session:
     def lost(self, what: str, fix: str = "", *, silent: bool = False, by_peer: bool = False) -> None:
         """The library, or its connection, is gone."""
         if self._connecting is not None:
-            what += ", before CONNACK"
+            fix = fix or _REFUSED_PERHAPS
         self._end(what, fix, silent=silent, by_peer=by_peer)
 
     # --- time -----------------------------------------------------------------------------

@@ -40,10 +40,12 @@ PROBE = 5.0
 _PING = 2.0
 _LEAVE = 2.0
 """Seconds between a worker's last word and its end; then it is killed."""
-_REAP = 0.5
+_REAP = 0.05
 """Seconds that `kill` waits for a process to be gone; it takes a few milliseconds."""
 _TAIL = 4096
 _LINE = 200
+_DROPPED = b"msg lost"
+"""What NanoSDK prints when a queue is full."""
 _LONGEST = 1024 * 1024
 """Bytes of a report. What is longer is none."""
 
@@ -64,9 +66,10 @@ class _Process(NamedTuple):
 
 def _start() -> _Process:
     """Raises Unsupported where the system has no such processes, ConnectFailed where it gave none."""
-    if os.name != "posix" or not sys.executable:
+    if os.name != "posix" or not sys.executable or getattr(sys, "frozen", False):
         raise Unsupported(
-            "quic_nng needs a POSIX system (Linux, macOS) and a Python interpreter to start its process with",
+            "quic_nng needs a POSIX system (Linux, macOS) and a Python interpreter, no frozen program, to "
+            "start its process with",
             fix='use via = "quic_aioquic"',
         )
     with contextlib.ExitStack() as opened, contextlib.ExitStack() as theirs:
@@ -121,6 +124,7 @@ class Worker:
         self._timer: asyncio.TimerHandle | None = None
         self._pings = 0
         self._answered = 0
+        self._warned = False
         self._why: Ended | None = None
         """Why we killed it, where we did."""
         self.loaded: Loaded | None = None
@@ -193,7 +197,10 @@ class Worker:
             async with asyncio.timeout(timeout):
                 await asyncio.shield(self.gone)
         except TimeoutError:
-            self.kill()
+            what = (
+                f"the process of quic_nng was not done within {timeout:g} s, and what it had not sent is lost"
+            )
+            self.kill(Ended(what=what, fix="raise ack_timeout, or use QoS 1"))
         except asyncio.CancelledError:
             self.kill()
             raise
@@ -238,6 +245,13 @@ class Worker:
             self._loop.remove_reader(self._output)
             return
         self._printed = (self._printed + piece)[-_TAIL:]
+        if _DROPPED in piece and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: more comes in than is taken, and the library drops messages: %s",
+                self._place,
+                _last_line(piece),
+            )
         if log.isEnabledFor(logging.DEBUG):
             log.debug(
                 "%s: pid %d printed: %s", self._place, self.pid, piece.decode(errors="replace").rstrip()

@@ -7,7 +7,7 @@ reads the recipes of all plugins; `connection` does the work.
 from __future__ import annotations
 
 # ruff: noqa: RUF009 - `_option` is attrs.field
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -20,8 +20,11 @@ from tesaiot_connect import (
     Duration,
     Size,
     TlsOptions,
+    Unsupported,
     Url,
 )
+
+_ELSEWHERE = 'use via = "quic_aioquic" (pip install tesaiot-connect-quic-aioquic), which can'
 
 _path = attrs.converters.optional(Path)
 
@@ -47,6 +50,26 @@ def _window(_instance: Any, _field: Any, value: int) -> None:
         )
 
 
+_OF_BOTH = (
+    "check the server's host name",
+    "send data with the handshake (0-RTT)",
+    "open more than one stream, move to another address, or use IPv6",
+    "listen",
+)
+_OF_NANOSDK = (
+    "send DISCONNECT, so the will is published whenever a connection ends",
+    "use enhanced authentication, or MQTT 5 at all",
+    "hold back acknowledgements until a message was processed, so subscriptions are granted QoS 0",
+    "tell whether the broker refused the login",
+)
+
+
+class _Cannot:
+    def __get__(self, recipe: QuicNng | None, _kind: type[QuicNng]) -> tuple[str, ...]:
+        nanonng = recipe is not None and recipe.backend == "nanonng"
+        return _OF_BOTH if nanonng else (*_OF_NANOSDK, *_OF_BOTH)
+
+
 @attrs.frozen
 class QuicNng:
     """`quic://host:14567` through an installed NanoSDK or NanoNNG, which runs in a process of its own."""
@@ -54,16 +77,8 @@ class QuicNng:
     schemes: ClassVar[Mapping[str, int]] = {"quic": 14567}
     rank: ClassVar[int] = 50
     races: ClassVar[bool] = False
-    cannot: ClassVar[tuple[str, ...]] = (
-        "check the server's host name",
-        "send DISCONNECT, so the will is published whenever a connection ends",
-        "send data with the handshake (0-RTT)",
-        "use enhanced authentication, or MQTT 5 at all",
-        "hold back acknowledgements until a message was processed",
-        "open more than one stream, move to another address, or use IPv6",
-        "listen",
-    )
-    """Of the backend `nanosdk`; as phrases behind "cannot"."""
+    cannot: ClassVar[Sequence[str]] = _Cannot()  # type: ignore[assignment]
+    """As phrases behind "cannot": of the class for NanoSDK, of a recipe for its backend."""
 
     url: Url
     tls: TlsOptions = attrs.field(factory=TlsOptions, kw_only=True)
@@ -132,6 +147,10 @@ class QuicNng:
     )
 
     def __attrs_post_init__(self) -> None:
+        if self.keepalive >= self.idle_timeout:
+            raise ValueError(
+                "idle_timeout must be longer than keepalive, or a silent connection ends before it is asked"
+            )
         if not self.verify_hostname and self.tls.verify == "full" and self.tls.ca_file is None:
             raise ValueError(
                 "verify_hostname = false needs `ca_file` in the tls table: with the system's authorities "
@@ -157,6 +176,30 @@ class QuicNng:
         from . import supervisor
 
         return supervisor.missing()
+
+    def refusal(self) -> ConnectorError | None:
+        """What neither library can keep, whatever is installed."""
+        tls, host = self.tls, self.url.host
+        if tls.verify == "full" and self.verify_hostname:
+            return Unsupported(
+                "quic_nng cannot do what verify_hostname = true asks for: NanoSDK and NanoNNG do not check "
+                "that the server's certificate has the name of its host",
+                fix=f"{_ELSEWHERE}; or set verify_hostname = false beside the endpoint's url, with a ca_file "
+                "in the tls table that holds an authority of your own: each of its certificates is then "
+                "taken for the server's",
+            )
+        if tls.server_name is not None:
+            return Unsupported(
+                "quic_nng cannot ask for the server by another name: server_name "
+                f"{tls.server_name!r} is set in the tls table",
+                fix=f"{_ELSEWHERE}, or remove server_name and use that name as the endpoint's host",
+            )
+        if ":" in host:
+            return Unsupported(
+                "quic_nng speaks IPv4 alone",
+                fix=f"{_ELSEWHERE}, or use a host name or an IPv4 address of the server",
+            )
+        return None
 
     def load(self) -> None:
         from . import connection  # noqa: F401

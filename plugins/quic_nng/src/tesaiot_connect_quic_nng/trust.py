@@ -7,7 +7,6 @@ that was asked for is left undone in silence; a key is decrypted in memory and i
 from __future__ import annotations
 
 import functools
-import ipaddress
 import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,7 +31,6 @@ from .transport import QuicNng
 
 _CERTIFICATES = re.compile(rb"-----BEGIN CERTIFICATE-----.+?-----END CERTIFICATE-----", re.DOTALL)
 _KEY = re.compile(rb"-----BEGIN ([A-Z0-9 ]*PRIVATE KEY)-----.+?-----END \1-----", re.DOTALL)
-_ELSEWHERE = 'use via = "quic_aioquic", which can'
 
 
 class Pair(NamedTuple):
@@ -40,30 +38,6 @@ class Pair(NamedTuple):
 
     certificate: str
     key: str
-
-
-def refuse(recipe: QuicNng) -> None:
-    """Raises Unsupported for what neither library can keep, whatever is installed."""
-    tls, host = recipe.tls, recipe.url.host
-    if tls.verify == "full" and recipe.verify_hostname:
-        raise Unsupported(
-            f"{recipe.place}: quic_nng cannot do what verify_hostname = true asks for: NanoSDK and NanoNNG "
-            "do not check that the server's certificate has the name of its host",
-            fix=f"{_ELSEWHERE}; or set verify_hostname = false beside the endpoint's url, with a ca_file in "
-            "the tls table that holds an authority of your own: each of its certificates is then taken for "
-            "the server's",
-        )
-    if tls.server_name is not None:
-        raise Unsupported(
-            f"{recipe.place}: quic_nng cannot ask for the server by another name: server_name "
-            f"{tls.server_name!r} is set in the tls table",
-            fix=f"{_ELSEWHERE}, or remove server_name and use that name as the endpoint's host",
-        )
-    if _is_ipv6(host):
-        raise Unsupported(
-            f"{recipe.place}: quic_nng speaks IPv4 alone",
-            fix=f"{_ELSEWHERE}, or use a host name or an IPv4 address of the server",
-        )
 
 
 def pair(recipe: QuicNng, identity: ClientCertificate | None) -> Pair | None:
@@ -129,10 +103,3 @@ def _open(identity: ClientCertificate) -> Pair:
 
 def _plain(key: PrivateKeyTypes) -> str:
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
-
-
-def _is_ipv6(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.partition("%")[0]).version == 6
-    except ValueError:
-        return False
