@@ -248,7 +248,7 @@ def test_a_will_is_published_when_the_client_closes_and_when_the_worker_dies(end
                 ("t/will", b"gone"),
             ]
             # over QUIC the end of a killed peer is silence
-            dialer = nng_ends.Watched(ends.recipe(served.url, idle_timeout=SOON))
+            dialer = nng_ends.Watched(ends.recipe(served.url, idle_timeout=SOON, keepalive=Duration(0.0)))
             async with client(dialer, will=WILL) as second:
                 await second.connected()
                 os.kill(dialer.connections[0].pid, signal.SIGKILL)

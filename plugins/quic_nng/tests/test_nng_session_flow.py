@@ -13,6 +13,7 @@ from nng_dialogue import Dialogue
 
 from tesaiot_connect import Message
 from tesaiot_connect.mqtt import Connect, Event, ServerEngine, Subscription
+from tesaiot_connect_quic_nng.outgoing import MOST_HELD, SLOWEST
 
 MOST_UNSENT = 64
 
@@ -171,8 +172,30 @@ def test_large_messages_stop_reading_by_their_size() -> None:
         dialogue.unread.clear()
         if len(dialogue.library.published) > 70:
             break
-    assert len(dialogue.library.published) == MOST_UNSENT
+    assert len(dialogue.library.published) == MOST_HELD // 400_001
     assert not dialogue.session.reading
+
+
+@pytest.mark.parametrize("qos", [0, 1])
+def test_the_library_holds_few_bytes_or_one_message(qos: int) -> None:
+    dialogue = connected(max_packet_size=20_000_000)
+    sizes = [3_000_000] * 6 + [12_000_000] * 2 + [1]
+    keys = dialogue.publish([Message("a", bytes(size), qos) for size in sizes])
+    handed: list[int] = []
+    while len(handed) < len(sizes):
+        dialogue.exchange()
+        new = [len(one.payload) for one in dialogue.library.published[len(handed) :]]
+        handed += new
+        assert new
+        assert len(new) == 1 or sum(new) <= MOST_HELD
+        dialogue.finish()
+        if qos:
+            dialogue.exchange()
+            assert len(dialogue.library.published) == len(handed), "sent is not acknowledged"
+            dialogue.acknowledge(list(dialogue.library.qos))
+    dialogue.server_does_all()
+    assert handed == sizes
+    assert dialogue.acknowledged == (set(keys) if qos else set())
 
 
 def test_a_message_larger_than_a_piece_passes_whole() -> None:
@@ -351,6 +374,53 @@ def test_slow_sending_is_no_end_as_long_as_it_goes_on() -> None:
     assert dialogue.session.ended is None
     assert dialogue.session.settled
     assert dialogue.session.next_timeout() is None
+
+
+def test_a_large_message_has_time_to_go_out() -> None:
+    dialogue = connected(max_packet_size=4_000_000)
+    start = dialogue.now
+    dialogue.publish([Message("a", bytes(100 * SLOWEST), 1)])
+    dialogue.exchange()
+    assert dialogue.session.next_timeout() == start + 110
+    dialogue.now += 100
+    dialogue.finish()
+    assert dialogue.session.next_timeout() == dialogue.now + 110, "QUIC may have all of it still"
+    dialogue.session.handle_timeout(dialogue.now + 109)
+    assert dialogue.session.ended is None
+    dialogue.session.handle_timeout(dialogue.now + 110)
+    assert dialogue.session.ended is not None
+    assert "1 message was not acknowledged" in dialogue.session.ended.what
+
+
+def test_the_time_to_acknowledge_begins_when_it_is_sent() -> None:
+    """Behind a large message, and for an answer too."""
+    dialogue = connected(max_packet_size=4_000_000)
+    dialogue.publish([Message("a", bytes(40 * SLOWEST)), Message("a", b"small", 1)])
+    dialogue.exchange()
+    dialogue.client.subscribe([Subscription("x")])
+    dialogue.exchange()
+    for _ in range(2):
+        dialogue.now += 45
+        dialogue.session.handle_timeout(dialogue.now)
+        dialogue.finish(1)
+    assert dialogue.session.ended is None
+    dialogue.acknowledge([1])
+    dialogue.now += 9
+    dialogue.finish(1)
+    dialogue.session.handle_timeout(dialogue.now + 45)
+    assert dialogue.session.ended is None, "the large one may be on its way"
+    dialogue.session.handle_timeout(dialogue.now + 50)
+    assert dialogue.session.ended is not None
+    assert "SUBSCRIBE or UNSUBSCRIBE was not answered" in dialogue.session.ended.what
+
+
+def test_small_messages_have_no_more_than_the_ack_timeout() -> None:
+    dialogue = connected(window=32)
+    dialogue.publish([Message("a", bytes(900), 1)] * 32)
+    dialogue.exchange()
+    dialogue.now += 3
+    dialogue.finish()
+    assert dialogue.session.next_timeout() == dialogue.now + 10
 
 
 def test_the_time_to_send_begins_when_there_is_something_to_send() -> None:

@@ -396,3 +396,12 @@ def test_the_parent_goes(library: Path, listener: socket.socket) -> None:
         one.orders.close()
         assert one.process.wait(PATIENCE) == 0
         assert server.recv(1) == b""
+
+
+def test_nobody_asks_any_more(library: Path, listener: socket.socket) -> None:
+    """Although the parent's end of the control socket is open: a fork of it has that too."""
+    with worker(job(library, listener, ack_timeout=0.1)) as one:
+        one.say(Ping(1))
+        assert isinstance(one.ended(), Ended)
+        assert Pong(1) in one.reports
+        assert one.process.wait(PATIENCE) == 0

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
+import struct
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import nng_stub
@@ -13,9 +18,10 @@ import pytest
 from nng_peers import PATIENCE, Peer, ServingBroker, WorkerProcess, broker, worker
 
 from tesaiot_connect import Message
-from tesaiot_connect.mqtt import V5
+from tesaiot_connect.mqtt import V3, V5, ClientEngine, Connect, Session, Subscription
 from tesaiot_connect_quic_nng.control import Failed, Job, Loaded, Ping, Pong
 from tesaiot_connect_quic_nng.trust import throwaway
+from tesaiot_connect_quic_nng.watches import Company, Progress
 
 Start = Callable[..., WorkerProcess]
 
@@ -172,6 +178,31 @@ def test_an_ending_connection_takes_nothing_down(start: Start) -> None:
     assert gone(one) == 0
 
 
+def test_a_lost_connection_is_not_made_anew(start: Start, served: ServingBroker, log: Path) -> None:
+    """Not even while the client does not take what came; the library would, after a while."""
+    one = start({"window": 1}, drop_after=20, retry=1_500_000)
+    peer = connected(one)
+    peer.subscribe("down/#", qos=0)
+    served.publish([Message("down/x", bytes(10_000))] * 200)
+    peer.publish(numbered(20, 1))
+    peer.step(0)
+    assert "the QUIC connection ended" in one.ended().what
+    assert gone(one) == 0
+    assert nng_stub.events(log).count("connected") == 1
+
+
+def test_a_connection_lost_while_the_last_messages_are_confirmed(start: Start, log: Path) -> None:
+    one = start(drop_after=20, retry=1_500_000)
+    peer = connected(one)
+    peer.publish(numbered(20, 0))
+    peer.disconnect()
+    ended = one.ended()
+    assert not ended.orderly
+    assert "the QUIC connection ended" in ended.what
+    assert gone(one) == 0
+    assert nng_stub.events(log).count("connected") == 1
+
+
 def test_the_library_aborts(start: Start) -> None:
     one = start(abort_after=30)
     peer = connected(one)
@@ -225,8 +256,18 @@ def test_no_handshake(start: Start, served: ServingBroker) -> None:
     failed = one.last_word()
     assert isinstance(failed, Failed)
     assert (failed.stage, failed.unsupported) == ("reach", False)
-    assert f"no QUIC handshake with 127.0.0.1:{served.port} within 0.2 s" in failed.what
+    assert f"no QUIC handshake with 127.0.0.1:{served.port} in time" in failed.what
     assert "ALPN mqtt" in failed.fix
+    assert gone(one) == 0
+
+
+def test_a_certificate_that_cannot_be_read(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "ca.pem").write_text("")
+    one = start({"verify": True, "ca_file": str(tmp_path / "ca.pem"), "certificate": "none", "key": "none"})
+    failed = one.last_word()
+    assert isinstance(failed, Failed)
+    assert "cannot read certificate and key, or has no open files or threads left" in failed.what
+    assert "ulimit -n" in failed.fix
     assert gone(one) == 0
 
 
@@ -305,6 +346,26 @@ def test_it_leaves_no_core_and_no_secret(start: Start, tmp_path: Path) -> None:
     assert not [name for name in names if "memfd" in name]
 
 
+def test_it_puts_nothing_on_the_disk(start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Being killed it could not take it away."""
+    if not hasattr(os, "memfd_create"):
+        pytest.skip("no files in memory here")
+    pair, ca_file, empty = throwaway(), tmp_path / "ca.pem", tmp_path / "empty"
+    ca_file.write_text(pair.certificate)
+    empty.mkdir()
+    for name in ("TMPDIR", "TEMP", "TMP"):
+        monkeypatch.setenv(name, str(empty))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    secret: dict[str, object] = {"key": pair.key, "certificate": pair.certificate}
+    one = start(
+        {"verify": True, "ca_file": str(ca_file), "connect_timeout": 600.0, **secret}, no_handshake=True
+    )
+    assert isinstance(one.report(), Loaded)
+    while "open" not in nng_stub.events(tmp_path / "stub.log"):
+        time.sleep(0.01)
+    assert not list(empty.iterdir())
+
+
 def test_what_it_does_not_understand_has_no_traceback(start: Start) -> None:
     one = start({"verify": True, "ca_file": "absent.pem"})
     assert "No such file or directory: 'absent.pem'" in one.ended().what
@@ -314,3 +375,115 @@ def test_what_it_does_not_understand_has_no_traceback(start: Start) -> None:
         assert "no job" in two.ended().what
         assert gone(two) == 0
         assert two.printed() == ""
+
+
+# --- a server that says what a test says -----------------------------------------------------
+
+
+CONNACK = bytes((0x20, 2, 0, 0))
+
+
+@contextmanager
+def server(*answers: bytes) -> Iterator[tuple[int, list[bytes]]]:
+    """One connection over TCP, in a thread: its port, and what came. Each piece that comes is answered by the
+    next of `answers`."""
+    came: list[bytes] = []
+
+    def serve() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            for answer in (*answers, b""):
+                came.append(connection.recv(65536))
+                connection.sendall(answer)
+            while connection.recv(65536):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(PATIENCE)
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield listener.getsockname()[1], came
+
+
+def published(topic: bytes, *, length: int | None = None) -> bytes:
+    body = struct.pack(">H", len(topic) if length is None else length) + topic + b"payload"
+    return bytes((0x30, len(body))) + body
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [published(b""), published(b"a\0b"), published(b"a/#"), published(b"a/+"), published(b"\xff")],
+    ids=["empty", "zero byte", "hash", "plus", "no UTF-8"],
+)
+def test_a_malformed_publish_ends_it(start: Start, wrong: bytes) -> None:
+    with server(CONNACK + published(b"right") + wrong) as (port, _):
+        one = start({"url": f"mqtt-quic://127.0.0.1:{port}"})
+        connected(one)
+        ended = one.ended()
+    assert (ended.what, ended.by_peer) == ("the server sent a malformed PUBLISH", True)
+    assert gone(one) == 0
+
+
+def test_another_answer_to_subscribe_ends_it(start: Start) -> None:
+    with server(CONNACK, bytes((0xB0, 2, 0, 1))) as (port, _):
+        one = start({"url": f"mqtt-quic://127.0.0.1:{port}"})
+        peer = connected(one)
+        peer.engine.subscribe([Subscription("x")])
+        peer.until(lambda: peer.eof)
+        ended = one.ended()
+    assert "answered SUBSCRIBE by a packet of type 11" in ended.what
+    assert ended.by_peer
+
+
+@pytest.mark.parametrize(("asked", "sent"), [(1, 10), (9, 10), (11, 11), (65_535, 65_535), (0, 60)])
+def test_keepalive_is_none_that_the_library_cannot_keep(start: Start, asked: int, sent: int) -> None:
+    with server(CONNACK) as (port, came):
+        one = start({"url": f"mqtt-quic://127.0.0.1:{port}"})
+        one.secured()
+        peer = Peer(one.data, "device-1")
+        peer.engine = ClientEngine(
+            Connect(client_id="device-1", version=V3, keepalive=asked), Session(), now=time.monotonic()
+        )
+        peer.until(lambda: peer.connected)
+        assert struct.unpack_from(">H", came[0], 10) == (sent,)
+
+
+# --- watches ---------------------------------------------------------------------------------
+
+
+def test_a_library_that_computes_without_an_end() -> None:
+    progress = Progress(10.0, now=100.0, cpu=3.0)
+    assert progress.next_timeout() == 110
+    assert not progress.none(now=109.9, cpu=20.0)
+    progress.made(now=109.9, cpu=20.0)
+    assert progress.next_timeout() == 119.9
+    assert not progress.none(now=119.9, cpu=24.9), "less than half a core"
+    assert not progress.none(now=129.8, cpu=34.8), "not for so long yet"
+    assert progress.none(now=139.8, cpu=44.0)
+
+
+def test_nobody_asks_any_more() -> None:
+    company = Company(10.0)
+    assert company.next_timeout() is None
+    assert not company.gone(1e6), "nobody has asked yet"
+    company.heard(100.0)
+    assert company.next_timeout() == 110
+    assert not company.gone(109.0)
+    assert not company.gone(1000.0), "both were stopped"
+    assert company.next_timeout() == 1010
+    assert not company.gone(1010.0)
+    company.heard(1011.0)
+    assert not company.gone(1021.0)
+    assert not company.gone(1031.0)
+    assert company.gone(1041.0)
+
+
+def test_it_goes_when_nobody_asks_any_more(start: Start) -> None:
+    """Although its control socket is open."""
+    one = start({"ack_timeout": 0.5})
+    peer = connected(one)
+    one.say(Ping(1))
+    peer.until(lambda: peer.eof)
+    assert "does not ask for signs of life" in one.ended().what
+    assert Pong(1) in one.reports
+    assert gone(one) == 0

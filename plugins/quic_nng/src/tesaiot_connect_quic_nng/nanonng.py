@@ -21,6 +21,7 @@ from .library import Library
 from .nng_stream import SYMBOLS, NngError, Stream
 from .packets import Watchdog
 from .secret_file import secret_file
+from .watches import Company
 
 __all__ = ["SYMBOLS", "serve"]
 
@@ -47,7 +48,7 @@ def serve(library: Library, job: Job, data: socket.socket, orders: socket.socket
     """Dials, says `Secured`, and relays until the end, which it gives. Answers every `Ping` meanwhile."""
     if bool(job.ca_file and job.certificate) is not job.verify:
         return _UNVERIFIED
-    with contextlib.closing(_Wire(data, orders)) as wire:
+    with contextlib.closing(_Wire(data, orders, Company(job.ack_timeout))) as wire:
         stream = Stream(library, wire.wake)
         with secret_file(job.certificate) as certificate, secret_file(job.key) as key:
             try:
@@ -94,9 +95,10 @@ def _failed(job: Job, error: NngError) -> Failed:
 class _Wire:
     """The sockets of a worker, and how a thread of the library wakes the loop that waits for them."""
 
-    def __init__(self, data: socket.socket, orders: socket.socket) -> None:
+    def __init__(self, data: socket.socket, orders: socket.socket, company: Company) -> None:
         self.data = data
         self._orders = orders
+        self._company = company
         self._ordered = b""
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._woken, False)
@@ -133,13 +135,16 @@ class _Wire:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Returns when there is something to do, or after `timeout` seconds. False: the parent has gone."""
-        for found, _ in self._selector.select(None if timeout is None else max(timeout, 0)):
+        due = self._company.next_timeout()
+        left = None if due is None else due - time.monotonic()
+        least = min((one for one in (timeout, left) if one is not None), default=None)
+        for found, _ in self._selector.select(None if least is None else max(least, 0)):
             if found.fileobj is self._orders and not self._obey():
                 return False
             if found.fd == self._woken:
                 with contextlib.suppress(BlockingIOError):
                     os.read(self._woken, 4096)
-        return True
+        return not self._company.gone(time.monotonic())
 
     def close(self) -> None:
         """The pipe stays: the library may still write to it."""
@@ -157,6 +162,7 @@ class _Wire:
             with contextlib.suppress(msgspec.MsgspecError):
                 order = control.orders.decode(line)
                 if isinstance(order, Ping):
+                    self._company.heard(time.monotonic())
                     self.say(Pong(order.number))
         return bool(piece)
 

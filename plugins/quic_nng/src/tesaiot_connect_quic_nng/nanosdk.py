@@ -43,14 +43,17 @@ from .library import Library
 
 PUBACK, PUBCOMP = 4, 7
 _CONNECT, _CONNACK, _PUBLISH, _SUBSCRIBE, _UNSUBSCRIBE, _DISCONNECT = 1, 2, 3, 8, 10, 14
+_SUBACK, _UNSUBACK = 9, 11
 _EBUSY, _EPROTO, _ECANCELED = 4, 13, 20
 
-_POSTED = 4096
+_POSTED = 16_384
 """Receives that wait. What comes while none waits goes into a queue that drops."""
 _RUN = 512
 """Messages told together at most."""
 _POLL, _SLOW_POLL = 0.001, 0.02
 _LAST_ID = 65_535
+_LEAST_KEEPALIVE = 10
+"""Seconds. The library looks at its clock every 5: it would ask too late for less."""
 
 
 SYMBOLS = ("nng_version", *BLOCKING, *SHORT)
@@ -83,6 +86,11 @@ class Received(NamedTuple):
 class Lost(NamedTuple):
     what: str
     fix: str = ""
+    by_peer: bool = False
+
+
+class Malformed(Exception):
+    """A packet of the server that is none."""
 
 
 Event = Connack | Acknowledged | Sent | Answered | Received | Lost
@@ -123,6 +131,9 @@ class NanoSdk:
         self._since = 0.0
         """When the last acknowledgement came, or a message went out with none awaited."""
         self._leaving = False
+        self.lost_at: float | None = None
+        """When the connection was found to be over, on the monotonic clock. A second later the library makes
+        another one."""
         self.unproven = False
         """Messages of QoS 0 went out: sent, the library says, but nothing proves that they arrived."""
 
@@ -152,7 +163,8 @@ class NanoSdk:
         quic.qdiscon_timeout = quic.qidle_timeout = _seconds(settings.idle_timeout)
         socket_ = byref(self._socket)
         if code := self._blocking.nng_mqtt_quic_client_open_conf(socket_, url.encode(), byref(quic)):
-            return f"NanoSDK could not be opened: {self._words(code)}"
+            why = "it cannot read certificate and key, or has no open files or threads left"
+            return f"NanoSDK could not be opened: {why if code < 0 else self._words(code)}"
         self._blocking.nng_mqtt_quic_ack_callback_set(socket_, self._on_ack, None)
         self._blocking.nng_mqtt_quic_set_msg_send_cb(socket_, self._on_sent, None)
         return ""
@@ -178,7 +190,9 @@ class NanoSdk:
         """Ends the connection, which may abort the process or never return."""
         self._leaving = True
         self._awaited.set()
-        self._blocking.nng_close(self._socket)
+        # After a loss there is nothing to close.
+        if self.lost_at is None:
+            self._blocking.nng_close(self._socket)
 
     # --- what happens
 
@@ -210,6 +224,8 @@ class NanoSdk:
         def guarded() -> None:
             try:
                 run()
+            except Malformed as error:
+                self._tell(Lost(f"the server sent a malformed {error}", by_peer=True))
             except Exception as error:  # noqa: BLE001 - told as the end
                 self._tell(_broken(name, error))
 
@@ -250,7 +266,8 @@ class NanoSdk:
         short = self._short
         message = self._message(_CONNECT)
         short.nng_mqtt_msg_set_connect_proto_version(message, 4)
-        short.nng_mqtt_msg_set_connect_keep_alive(message, connect.keepalive)
+        keepalive = max(connect.keepalive, _LEAST_KEEPALIVE) if connect.keepalive else 0
+        short.nng_mqtt_msg_set_connect_keep_alive(message, keepalive)
         short.nng_mqtt_msg_set_connect_clean_session(message, connect.clean_start)
         short.nng_mqtt_msg_set_connect_client_id(message, connect.client_id.encode())
         if connect.username is not None:
@@ -375,6 +392,11 @@ class NanoSdk:
                 self._tell(self._lost(code))
                 return
             message = self._short.nng_aio_get_msg(aio)
+            kind = self._short.nng_mqtt_msg_get_packet_type(message)
+            if kind != (_SUBACK if subscribe else _UNSUBACK):
+                asked = "SUBSCRIBE" if subscribe else "UNSUBSCRIBE"
+                self._tell(Lost(f"the server answered {asked} by a packet of type {kind}", by_peer=True))
+                return
             codes = None
             if subscribe:
                 length = c_uint32()
@@ -419,7 +441,7 @@ class NanoSdk:
         short = self._short
         length = c_uint32()
         start = short.nng_mqtt_msg_get_publish_topic(message, byref(length))
-        topic = ctypes.string_at(start, length.value).decode()
+        topic = _topic(ctypes.string_at(start, length.value) if start else b"")
         start = short.nng_mqtt_msg_get_publish_payload(message, byref(length))
         payload = ctypes.string_at(start, length.value) if length.value else b""
         qos, retain = (
@@ -445,6 +467,8 @@ class NanoSdk:
 
     def _lost(self, code: int) -> Lost:
         """Whichever call notices first."""
+        if self.lost_at is None:
+            self.lost_at = time.monotonic()
         return Lost(f"the QUIC connection ended: {self._words(code)}")
 
     def _words(self, code: int) -> str:
@@ -455,6 +479,17 @@ class NanoSdk:
 def _seconds(seconds: float) -> int:
     """Whole ones, at least one: 0 would be "never" or the library's own default."""
     return max(1, round(seconds)) if seconds else 0
+
+
+def _topic(name: bytes) -> str:
+    """Raises Malformed. Where the name's length was beyond the end of the packet the library gives none."""
+    try:
+        topic = name.decode()
+    except UnicodeDecodeError:
+        topic = ""
+    if not topic or any(one in topic for one in "\0+#"):
+        raise Malformed("PUBLISH")
+    return topic
 
 
 def _broken(where: str, error: Exception) -> Lost:

@@ -1,8 +1,8 @@
 """What the client has said and the library has not brought to an end, in order.
 
-Owns: the window of unacknowledged messages, the credit of packets handed to the library and not
-sent yet, and the deadlines of both. Rule: a message counts as safe only when the library says that
-the server acknowledged the very packet identifier it was sent with.
+Owns: the window of unacknowledged messages, the credit of packets and bytes handed to the library and not
+sent yet, and the deadlines of both. Rules: a message counts as safe only when the library says that
+the server acknowledged the very packet identifier it was sent with; no deadline runs while sending goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +19,11 @@ from tesaiot_connect.mqtt import Connect, SubscribeRequest, Subscription, Unsubs
 
 MOST_UNSENT = 64
 """Packets in the library that it has not sent yet; its queue drops the oldest beyond 256, silently."""
+MOST_HELD = 8_388_608
+"""Bytes of messages in the library, unsent or unacknowledged. Each is there twice; one may be larger."""
+SLOWEST = 32_000
+"""Bytes a second. Deadlines are later by the time that what the library holds takes at this rate: it calls a
+message sent when it has given it to QUIC, and what is on its way then takes its time."""
 _MOST_WAITING = 64
 _MOST_WAITING_BYTES = 262_144
 """Beyond these the client is not read; one piece of its bytes may go over them."""
@@ -66,15 +71,26 @@ class _Sent(msgspec.Struct):
     """A message without its acknowledgement."""
 
     batch: _Batch
-    at: float
     qos: int
+    size: int
+    allowed: float
+    """Seconds from its sending to its acknowledgement."""
+    due: float | None = None
+    """None while it is not sent."""
 
 
 class _Asked(msgspec.Struct):
     """A SUBSCRIBE or UNSUBSCRIBE without its answer."""
 
     request: SubscribeRequest | UnsubscribeRequest
-    at: float
+    allowed: float
+    due: float | None = None
+
+
+_Packet = tuple[int, _Sent | _Asked | None]
+"""Bytes that are let go when it is sent, and what is answered then."""
+_OWN: _Packet = (0, None)
+"""CONNECT, and what the library sends of its own accord."""
 
 
 class Outgoing:
@@ -103,8 +119,12 @@ class Outgoing:
         self._unsent = 0
         """Packets in the library, its own included. Below 0 while it has sent some of its own that
         the session does not know of yet."""
-        self._sent_at = 0.0
-        """When sending last went on."""
+        self._unsent_packets: deque[_Packet] = deque()
+        """In the order in which they go out, about: the library's own are known late."""
+        self._held = 0
+        """Bytes of messages in the library: of QoS 0 unsent, of QoS 1 and 2 unacknowledged."""
+        self._send_due = 0.0
+        """When sending must have gone on."""
 
     @property
     def full(self) -> bool:
@@ -129,7 +149,7 @@ class Outgoing:
     # --- from the client ------------------------------------------------------------------
 
     def connect(self, connect: Connect, now: float) -> None:
-        self._count(1, now)
+        self._count([_OWN], now)
         self._library.connect(connect)
 
     def add(self, messages: Sequence[Message], count: int, token: int, size: int) -> None:
@@ -166,6 +186,7 @@ class Outgoing:
         queue = self._queue
         room = MOST_UNSENT - self._unsent
         free = self._window - len(self._unacknowledged)
+        held = self._held
         messages: list[Message] = []
         batches: list[_Batch] = []
         while queue and room:
@@ -174,14 +195,16 @@ class Outgoing:
                 break
             start = batch.next
             stop = min(len(batch.messages), start + room)
-            if batch.token:
-                for at in range(start, stop):
-                    if batch.messages[at].qos:
-                        if not free:
-                            stop = at
-                            break
-                        free -= 1
-                        batches.append(batch)
+            for at in range(start, stop):
+                message = batch.messages[at]
+                size = _size(message)
+                if (held and held + size > MOST_HELD) or (message.qos and not free):
+                    stop = at
+                    break
+                held += size
+                if message.qos:
+                    free -= 1
+                    batches.append(batch)
             messages += batch.messages[start:stop]
             room -= stop - start
             batch.next = stop
@@ -193,25 +216,28 @@ class Outgoing:
         return messages, batches
 
     def _publish(self, messages: list[Message], batches: list[_Batch], now: float) -> None:
-        self._count(len(messages), now)
         ids = self._library.publish(messages)
         if len(ids) != len(messages):
             raise OutOfStep(f"{len(messages)} messages were published and {len(ids)} identifiers came back")
-        if not batches:
-            return
         unacknowledged = self._unacknowledged
         of = iter(batches)
+        packets: list[_Packet] = []
         for message, packet_id in zip(messages, ids, strict=True):
+            size = _size(message)
+            self._held += size
             if not message.qos:
+                packets.append((size, None))
                 continue
             if not packet_id or packet_id in unacknowledged:
                 raise OutOfStep(f"packet identifier {packet_id} was given to a second message")
-            unacknowledged[packet_id] = _Sent(next(of), now, message.qos)
+            sent = unacknowledged[packet_id] = _Sent(next(of), message.qos, size, self._allowed)
+            packets.append((0, sent))
+        self._count(packets, now)
 
     def _ask(self, request: SubscribeRequest | UnsubscribeRequest, now: float) -> None:
-        self._count(1, now)
         self._number += 1
-        self._asked[self._number] = _Asked(request, now)
+        asked_for = self._asked[self._number] = _Asked(request, self._allowed)
+        self._count([(0, asked_for)], now)
         if isinstance(request, SubscribeRequest):
             asked = [
                 Subscription(one.topic_filter, min(one.qos, self._highest_qos))
@@ -223,18 +249,30 @@ class Outgoing:
 
     # --- from the library -----------------------------------------------------------------
 
-    def _count(self, packets: int, now: float) -> None:
+    def _count(self, packets: Sequence[_Packet], now: float) -> None:
         if self._unsent <= 0:
-            self._sent_at = now
-        self._unsent += packets
+            self._send_due = now + self._allowed
+        self._unsent += len(packets)
+        self._unsent_packets += packets
+        self._let_go(now)
+
+    def _let_go(self, now: float) -> None:
+        """What has gone out, as far as it is counted."""
+        packets = self._unsent_packets
+        while len(packets) > max(self._unsent, 0):
+            size, awaited = packets.popleft()
+            self._held -= size
+            if awaited is not None:
+                awaited.due = now + awaited.allowed
 
     def sent_by_itself(self, packets: int, now: float) -> None:
         """The library has queued or sent these of its own accord."""
-        self._count(packets, now)
+        self._count([_OWN] * packets, now)
 
     def sent(self, packets: int, now: float) -> None:
         self._unsent -= packets
-        self._sent_at = now
+        self._send_due = now + self._allowed  # with what has only just been given to QUIC
+        self._let_go(now)
 
     def acknowledged(self, packet_ids: Sequence[int], now: float) -> list[int]:
         """Returns the tokens that are to be settled."""
@@ -243,8 +281,9 @@ class Outgoing:
             sent = self._unacknowledged.pop(packet_id, None)
             if sent is None:
                 raise OutOfStep(f"packet identifier {packet_id} was acknowledged, which was not sent")
+            self._held -= sent.size
             if sent.qos == 2:
-                self._count(1, now)  # PUBREL
+                self._count([_OWN], now)  # PUBREL
             sent.batch.left -= 1
             if not sent.batch.left:
                 tokens.append(sent.batch.token)
@@ -260,11 +299,11 @@ class Outgoing:
 
     def next_timeout(self) -> float | None:
         """When `handle_timeout` wants to be called."""
-        return min((since + self._ack_timeout for since in self._oldest()), default=None)
+        return min(self._deadlines(), default=None)
 
     def handle_timeout(self, now: float) -> str:
         """What did not come within the ack timeout; "" while all is well."""
-        if all(now < since + self._ack_timeout for since in self._oldest()):
+        if all(now < due for due in self._deadlines()):
             return ""
         if self._unacknowledged:
             count = len(self._unacknowledged)
@@ -275,10 +314,22 @@ class Outgoing:
             return "SUBSCRIBE or UNSUBSCRIBE was not answered"
         return f"none of {self._unsent} packets went out"
 
-    def _oldest(self) -> list[float]:
-        """Since when there is something to wait for: an acknowledgement, an answer, a packet to go out."""
-        since = [one.at for one in islice(self._unacknowledged.values(), 1)]
-        since += [one.at for one in islice(self._asked.values(), 1)]
+    @property
+    def _allowed(self) -> float:
+        """Seconds for what is the last of all that the library holds."""
+        return self._ack_timeout + self._held // SLOWEST
+
+    def _deadlines(self) -> list[float]:
+        """Of the oldest acknowledgement and the oldest answer of what was sent, and of a packet to go out."""
+        oldest: list[_Sent | _Asked] = [
+            *islice(self._unacknowledged.values(), 1),
+            *islice(self._asked.values(), 1),
+        ]
+        deadlines = [one.due for one in oldest if one.due is not None]
         if self._unsent > 0:
-            since.append(self._sent_at)
-        return since
+            deadlines.append(self._send_due)
+        return deadlines
+
+
+def _size(message: Message) -> int:
+    return len(message.topic) + len(message.payload)

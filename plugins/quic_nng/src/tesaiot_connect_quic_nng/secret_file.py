@@ -13,8 +13,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def secret_file(text: str) -> Iterator[str]:
-    """A path under which this process reads `text` for a while, and no other user's; in memory where the
-    system has such files. "" for "".
+    """A path under which this process reads `text` for a while, and no other user's; "" for "".
+
+    Linux keeps it in memory; elsewhere it is in a private file while the handshake lasts, and stays there
+    where this process is killed meanwhile.
     """
     if not text:
         yield ""

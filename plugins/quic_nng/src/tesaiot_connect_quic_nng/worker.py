@@ -1,9 +1,9 @@
 """The process that loads the library: `python -P -m tesaiot_connect_quic_nng.worker DATA CONTROL`.
 
 Owns: the job, the loop that serves one connection, and the end of the process. Rules: it says why it ends, as
-its last word, and leaves by `os._exit` whatever the library's threads do; nothing is read from DATA that the
-session does not want, and nothing taken from the session that DATA does not take; when the other end of
-CONTROL is gone, so is this process, at once.
+its last word, and leaves by `os._exit` whatever the library's threads do, before the library makes another
+connection; nothing is read from DATA that the session does not want, and nothing taken from the session that
+DATA does not take; when the other end of CONTROL is gone, so is this process, at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import selectors
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -26,11 +25,15 @@ from .control import Ended, Failed, Job, Loaded, Ping, Pong, Report, Secured
 from .library import Library, load
 from .secret_file import secret_file
 from .session import Session
+from .watches import Company, Progress
 
 _CLOSE = 0.3
 """Seconds the library gets to close its connection; it may hang or abort then."""
 _FLUSH = 2.0
-"""Seconds the client's side gets to take the last bytes."""
+"""Seconds for the last bytes of both sides where the client ended it."""
+_FLUSH_LOST = 0.3
+"""Seconds the client's side gets to take the last bytes otherwise. A second after its connection is lost the
+library makes another one, and the server would send what waits for the client into it."""
 _LOOK = 0.01
 """Seconds between two looks at the handshake."""
 _PIECE = 65_536
@@ -115,11 +118,13 @@ def _leave(
     orders: socket.socket,
     sdk: nanosdk.NanoSdk | None = None,
 ) -> NoReturn:
-    """The last word, then the end of the data, and of the process."""
+    """The last word, then the end of the data, and of the process. Where that is orderly the server hears of
+    it first, because the client need not wait for this process once its data has ended."""
     try:
         if word is not None:
             _say(orders, word)
-        data.close()
+        if not (isinstance(word, Ended) and word.orderly):
+            data.close()
         if sdk is not None:
             closing = threading.Thread(target=sdk.close, daemon=True)
             closing.start()
@@ -152,7 +157,10 @@ def _secure(sdk: nanosdk.NanoSdk, job: Job, orders: socket.socket) -> Failed | N
             keepalive=job.keepalive,
         )
         if why := sdk.open(job.url, settings):
-            fix = "check that ca_file, certificate and key are PEM files, and the endpoint's host"
+            fix = (
+                "check that ca_file, certificate and key are PEM files, the endpoint's host, and the limits "
+                "of open files and threads (ulimit -n, ulimit -u)"
+            )
             return Failed(what=why, fix=fix, stage="secure")
         if gate is not None:
             gate.open()
@@ -168,7 +176,7 @@ def _secure(sdk: nanosdk.NanoSdk, job: Job, orders: socket.socket) -> Failed | N
 def _no_handshake(job: Job) -> Failed:
     where = job.url.partition("://")[2]
     return Failed(
-        what=f"no QUIC handshake with {where} within {job.connect_timeout:.3g} s; NanoSDK does not tell why",
+        what=f"no QUIC handshake with {where} in time, and NanoSDK does not tell why",
         fix="check that a broker listens there for MQTT over QUIC (UDP, IPv4, ALPN mqtt)"
         + (", and that its certificate is of an authority in ca_file" if job.verify else ""),
         stage="reach",
@@ -194,6 +202,11 @@ class _Service:
         """The client takes nothing any more."""
         self._asked = False
         """Whether the server has all of QoS 0, at the end."""
+        self._lost: nanosdk.Lost | None = None
+        """What came instead of that answer."""
+        now = time.monotonic()
+        self._progress = Progress(job.ack_timeout, now=now, cpu=_library_cpu())
+        self._company = Company(job.ack_timeout)
         self._session = Session(
             sdk,
             window=job.window,
@@ -201,7 +214,7 @@ class _Service:
             accept_early_acks=job.accept_early_acks,
             max_packet_size=job.max_packet_size,
             memory=job.memory,
-            now=time.monotonic(),
+            now=now,
         )
 
     def run(self) -> Ended:
@@ -209,20 +222,22 @@ class _Service:
         data.setblocking(False)
         orders.setblocking(False)
         wanted = selectors.EVENT_READ
-        last = None
+        since = None
         with selectors.DefaultSelector() as selector:
             selector.register(orders, selectors.EVENT_READ)
             selector.register(sdk.wake, selectors.EVENT_READ)
             selector.register(data, wanted)
             while True:
                 now = time.monotonic()
-                if session.ended is not None:
-                    if last is None:
-                        last = now + _FLUSH
+                if session.ended is None:
+                    due = self._next_timeout()
+                else:
+                    if since is None:
+                        since = now
                         self._ask_for_the_rest(session.ended)
-                    if not (self._waiting or self._asked) or now >= last:
+                    due = self._last(session.ended, since)
+                    if not (self._waiting or self._asked) or now >= due:
                         return self._word(session.ended)
-                due = last if last is not None else session.next_timeout()
                 events = (selectors.EVENT_READ if session.reading else 0) | (
                     selectors.EVENT_WRITE if self._waiting else 0
                 )
@@ -233,14 +248,39 @@ class _Service:
                 now = time.monotonic()
                 for key, what in ready:
                     if key.fileobj is orders:
-                        self._hear()
+                        self._hear(now)
                     elif key.fileobj is sdk.wake:
                         self._happen(now)
                     elif what & selectors.EVENT_READ:
                         self._read(now)
                 if due is not None and now >= due:
-                    session.handle_timeout(now)
+                    self._handle_timeout(now)
                 self._write()
+
+    def _next_timeout(self) -> float | None:
+        times = (
+            self._session.next_timeout(),
+            self._progress.next_timeout(),
+            self._company.next_timeout(),
+        )
+        return min((one for one in times if one is not None), default=None)
+
+    def _handle_timeout(self, now: float) -> None:
+        self._session.handle_timeout(now)
+        if self._company.gone(now):
+            self._session.lost("the process that started this one does not ask for signs of life any more")
+        if self._progress.none(now=now, cpu=_library_cpu()):
+            self._session.lost(
+                "the library is busy and makes no progress: a packet from the server is incomplete or large",
+                "have the server send smaller messages, or use another transport for them",
+                silent=True,
+            )
+
+    def _last(self, ended: Ended, since: float) -> float:
+        """When to leave, whatever was not taken."""
+        if self._sdk.lost_at is not None:
+            return min(since + _FLUSH, self._sdk.lost_at + _FLUSH_LOST)
+        return since + (_FLUSH if ended.orderly else _FLUSH_LOST)
 
     def _ask_for_the_rest(self, ended: Ended) -> None:
         """What the library has "sent" is in its buffers, and is dropped there when this process ends. What
@@ -250,12 +290,16 @@ class _Service:
             self._sdk.unsubscribe(_LAST, [f"tesaiot-connect/{os.urandom(8).hex()}"])
 
     def _word(self, ended: Ended) -> Ended:
+        if self._lost is not None:
+            what, fix, by_peer = self._lost
+            what += ", before the server confirmed that it has the last of QoS 0"
+            return Ended(what=what, fix=fix, by_peer=by_peer)
         if not self._asked:
             return ended
         what = f"{ended.what}; the server did not confirm within {_FLUSH:g} s that it has the last of QoS 0"
         return Ended(what=what, silent=True)
 
-    def _hear(self) -> None:
+    def _hear(self, now: float) -> None:
         try:
             piece = self._orders.recv(_PIECE)
         except BlockingIOError:
@@ -268,6 +312,7 @@ class _Service:
         for line in lines:
             order = control.orders.decode(line)
             if isinstance(order, Ping):
+                self._company.heard(now)
                 _say(self._orders, Pong(order.number))
 
     def _read(self, now: float) -> None:
@@ -302,7 +347,10 @@ class _Service:
 
     def _happen(self, now: float) -> None:
         session = self._session
-        for event in self._sdk.events():
+        events = self._sdk.events()
+        if events:
+            self._progress.made(now=now, cpu=_library_cpu())
+        for event in events:
             match event:
                 case nanosdk.Acknowledged(ids):
                     session.acknowledged(ids, now=now)
@@ -319,10 +367,17 @@ class _Service:
                         session.unsuback(number, now=now)
                     else:
                         session.suback(number, codes, now=now)
-                case nanosdk.Lost(what, fix):
-                    session.lost(what, fix)
+                case nanosdk.Lost(what, fix, by_peer):
+                    if self._asked:
+                        self._asked, self._lost = False, event
+                    session.lost(what, fix, by_peer=by_peer)
                 case _:
                     assert_never(event)
+
+
+def _library_cpu() -> float:
+    """Seconds of all threads but that of the loop."""
+    return time.process_time() - time.thread_time()
 
 
 def _change(selector: selectors.BaseSelector, data: socket.socket, before: int, after: int) -> None:
@@ -343,30 +398,29 @@ class _Gate:
     """
 
     def __init__(self, ca_file: str) -> None:
-        self._ca_file = ca_file
+        self._file = os.open(ca_file, os.O_RDONLY | os.O_CLOEXEC)
         self._text = Path(ca_file).read_bytes()
+        self._read, self._write = os.pipe()
+        own = Path("/proc/self/fd")
+        self.path = str((own if own.is_dir() else Path("/dev/fd")) / str(self._read))
 
     def __enter__(self) -> _Gate:
-        self._folder = tempfile.TemporaryDirectory()
-        self._path = Path(self._folder.name) / "ca.pem"
-        self.path = str(self._path)
-        os.mkfifo(self._path)
-        self._pipe = os.open(self._path, os.O_RDWR)  # so opening it for reading does not wait
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._folder.cleanup()
+        os.close(self._read)
+        os.close(self._file)
 
     def open(self) -> None:
-        later = self._path.with_name("later")
-        later.symlink_to(self._ca_file)
-        later.replace(self._path)
-        threading.Thread(target=self._pass, name="gate", daemon=True).start()
+        """Whoever comes now finds the file itself, and who has come and waits is told what is in it."""
+        os.dup2(self._file, self._read, inheritable=False)
+        threading.Thread(target=self._tell, name="gate", daemon=True).start()
 
-    def _pass(self) -> None:
-        """Tells who waits already; where nobody does, the pipe keeps what fits and this thread the rest."""
-        with os.fdopen(self._pipe, "wb") as pipe:
-            pipe.write(self._text)
+    def _tell(self) -> None:
+        with contextlib.suppress(BrokenPipeError), os.fdopen(self._write, "wb", buffering=0) as pipe:
+            left = memoryview(self._text)
+            while left:
+                left = left[pipe.write(left) :]
 
 
 if __name__ == "__main__":
