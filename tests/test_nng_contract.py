@@ -51,6 +51,7 @@ def connect(certificates: Certificates, library: Path, url: str) -> QuicNng:
         library=library,
         verify_hostname=False,
         idle_timeout=Duration(3.0),
+        keepalive=Duration(1.0),
     )
 
 
