@@ -13,15 +13,13 @@ import socket
 import time
 from collections import deque
 
-import msgspec
-
-from . import control
-from .control import Ended, Failed, Job, Ping, Pong, Report, Secured
+from .control import Ended, Failed, Job, Secured
 from .library import Library
 from .nng_stream import SYMBOLS, NngError, Stream
 from .packets import Watchdog
 from .secret_file import secret_file
 from .watches import Company
+from .wire import Interest, Orders, say
 
 __all__ = ["SYMBOLS", "serve"]
 
@@ -63,7 +61,7 @@ def serve(library: Library, job: Job, data: socket.socket, orders: socket.socket
             stream.look()
         if stream.error is not None:
             return _failed(job, stream.error)
-        wire.say(Secured())
+        say(orders, Secured())
         ended = _Relay(stream, Watchdog(job.watchdog), wire, job).run()
         stream.close()
         end = time.monotonic() + _CLOSE
@@ -97,41 +95,19 @@ class _Wire:
 
     def __init__(self, data: socket.socket, orders: socket.socket, company: Company) -> None:
         self.data = data
-        self._orders = orders
+        self._orders = Orders(orders, company)
         self._company = company
-        self._ordered = b""
         self._woken, self._waker = os.pipe()
         os.set_blocking(self._woken, False)
         os.set_blocking(self._waker, False)
-        data.setblocking(False)
-        orders.setblocking(False)
         self._selector = selectors.DefaultSelector()
         self._selector.register(orders, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
-        self._interest = 0
+        self.want = Interest(self._selector, data).want
 
     def wake(self) -> None:
         with contextlib.suppress(BlockingIOError):  # it is full: it wakes all the same
             os.write(self._waker, b"\0")
-
-    def say(self, report: Report) -> None:
-        self._orders.setblocking(True)
-        with contextlib.suppress(OSError):
-            self._orders.sendall(control.line(report))
-        self._orders.setblocking(False)
-
-    def want(self, *, read: bool, write: bool) -> None:
-        """What of the client's socket to wait for."""
-        interest = (selectors.EVENT_READ if read else 0) | (selectors.EVENT_WRITE if write else 0)
-        if interest == self._interest:
-            return
-        if not interest:
-            self._selector.unregister(self.data)
-        elif not self._interest:
-            self._selector.register(self.data, interest)
-        else:
-            self._selector.modify(self.data, interest)
-        self._interest = interest
 
     def wait(self, timeout: float | None = None) -> bool:
         """Returns when there is something to do, or after `timeout` seconds. False: the parent has gone."""
@@ -139,7 +115,7 @@ class _Wire:
         left = None if due is None else due - time.monotonic()
         least = min((one for one in (timeout, left) if one is not None), default=None)
         for found, _ in self._selector.select(None if least is None else max(least, 0)):
-            if found.fileobj is self._orders and not self._obey():
+            if found.fileobj is self._orders.socket and not self._orders.hear():
                 return False
             if found.fd == self._woken:
                 with contextlib.suppress(BlockingIOError):
@@ -149,22 +125,6 @@ class _Wire:
     def close(self) -> None:
         """The pipe stays: the library may still write to it."""
         self._selector.close()
-
-    def _obey(self) -> bool:
-        try:
-            piece = self._orders.recv(65536)
-        except (BlockingIOError, InterruptedError):
-            return True
-        except OSError:
-            return False
-        *lines, self._ordered = (self._ordered + piece).split(b"\n")
-        for line in lines:
-            with contextlib.suppress(msgspec.MsgspecError):
-                order = control.orders.decode(line)
-                if isinstance(order, Ping):
-                    self._company.heard(time.monotonic())
-                    self.say(Pong(order.number))
-        return bool(piece)
 
 
 class _Relay:

@@ -21,11 +21,12 @@ from pathlib import Path
 from typing import NoReturn, assert_never
 
 from . import control, nanosdk
-from .control import Ended, Failed, Job, Loaded, Ping, Pong, Report, Secured
+from .control import Ended, Failed, Job, Loaded, Secured
 from .library import Library, load
 from .secret_file import secret_file
 from .session import Session
 from .watches import Company, Progress
+from .wire import Interest, Orders, say
 
 _CLOSE = 0.3
 """Seconds the library gets to close its connection; it may hang or abort then."""
@@ -51,7 +52,7 @@ def main(arguments: list[str]) -> NoReturn:
         library = _load(job)
         if isinstance(library, Failed):
             _leave(library, data, orders)
-        _say(orders, Loaded(library=library.path, version=library.version))
+        say(orders, Loaded(library=library.path, version=library.version))
         if not job.url:
             _leave(None, data, orders)
         if job.backend == "nanonng":
@@ -105,13 +106,6 @@ def _job(orders: socket.socket) -> Job:
     return job
 
 
-def _say(orders: socket.socket, report: Report) -> None:
-    orders.setblocking(True)
-    with contextlib.suppress(OSError):
-        orders.sendall(control.line(report))
-    orders.setblocking(False)
-
-
 def _leave(
     word: Ended | Failed | None,
     data: socket.socket,
@@ -122,7 +116,7 @@ def _leave(
     it first, because the client need not wait for this process once its data has ended."""
     try:
         if word is not None:
-            _say(orders, word)
+            say(orders, word)
         if not (isinstance(word, Ended) and word.orderly):
             data.close()
         if sdk is not None:
@@ -169,7 +163,7 @@ def _secure(sdk: nanosdk.NanoSdk, job: Job, orders: socket.socket) -> Failed | N
                 return _no_handshake(job)
             time.sleep(_LOOK)
     sdk.start()
-    _say(orders, Secured())
+    say(orders, Secured())
     return None
 
 
@@ -193,9 +187,6 @@ class _Service:
     def __init__(self, sdk: nanosdk.NanoSdk, job: Job, data: socket.socket, orders: socket.socket) -> None:
         self._sdk = sdk
         self._data = data
-        self._orders = orders
-        self._said = b""
-        """By the parent, up to the end of a line."""
         self._waiting = memoryview(b"")
         """For the client, taken from the session."""
         self._gone = False
@@ -207,6 +198,7 @@ class _Service:
         now = time.monotonic()
         self._progress = Progress(job.ack_timeout, now=now, cpu=_library_cpu())
         self._company = Company(job.ack_timeout)
+        self._orders = Orders(orders, self._company)
         self._session = Session(
             sdk,
             window=job.window,
@@ -218,15 +210,12 @@ class _Service:
         )
 
     def run(self) -> Ended:
-        session, data, orders, sdk = self._session, self._data, self._orders, self._sdk
-        data.setblocking(False)
-        orders.setblocking(False)
-        wanted = selectors.EVENT_READ
+        session, orders, sdk = self._session, self._orders, self._sdk
         since = None
         with selectors.DefaultSelector() as selector:
-            selector.register(orders, selectors.EVENT_READ)
+            selector.register(orders.socket, selectors.EVENT_READ)
             selector.register(sdk.wake, selectors.EVENT_READ)
-            selector.register(data, wanted)
+            interest = Interest(selector, self._data)
             while True:
                 now = time.monotonic()
                 if session.ended is None:
@@ -238,17 +227,13 @@ class _Service:
                     due = self._last(session.ended, since)
                     if not (self._waiting or self._asked) or now >= due:
                         return self._word(session.ended)
-                events = (selectors.EVENT_READ if session.reading else 0) | (
-                    selectors.EVENT_WRITE if self._waiting else 0
-                )
-                if events != wanted:
-                    _change(selector, data, wanted, events)
-                    wanted = events
+                interest.want(read=session.reading, write=bool(self._waiting))
                 ready = selector.select(None if due is None else max(0.0, due - now))
                 now = time.monotonic()
                 for key, what in ready:
-                    if key.fileobj is orders:
-                        self._hear(now)
+                    if key.fileobj is orders.socket:
+                        if not orders.hear():
+                            os._exit(0)
                     elif key.fileobj is sdk.wake:
                         self._happen(now)
                     elif what & selectors.EVENT_READ:
@@ -298,22 +283,6 @@ class _Service:
             return ended
         what = f"{ended.what}; the server did not confirm within {_FLUSH:g} s that it has the last of QoS 0"
         return Ended(what=what, silent=True)
-
-    def _hear(self, now: float) -> None:
-        try:
-            piece = self._orders.recv(_PIECE)
-        except BlockingIOError:
-            return
-        except OSError:
-            piece = b""
-        if not piece:
-            os._exit(0)
-        *lines, self._said = (self._said + piece).split(b"\n")
-        for line in lines:
-            order = control.orders.decode(line)
-            if isinstance(order, Ping):
-                self._company.heard(now)
-                _say(self._orders, Pong(order.number))
 
     def _read(self, now: float) -> None:
         try:
@@ -378,15 +347,6 @@ class _Service:
 def _library_cpu() -> float:
     """Seconds of all threads but that of the loop."""
     return time.process_time() - time.thread_time()
-
-
-def _change(selector: selectors.BaseSelector, data: socket.socket, before: int, after: int) -> None:
-    if not before:
-        selector.register(data, after)
-    elif not after:
-        selector.unregister(data)
-    else:
-        selector.modify(data, after)
 
 
 class _Gate:
