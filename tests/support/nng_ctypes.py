@@ -12,7 +12,7 @@ from typing import Any
 from nng_stub import libraries
 
 CONNECT, CONNACK, PUBLISH, PUBACK, PUBREC, PUBREL, PUBCOMP, SUBSCRIBE, SUBACK, UNSUBSCRIBE = range(1, 11)
-UNSUBACK, PINGREQ, DISCONNECT = 11, 12, 14
+UNSUBACK, PINGREQ, PINGRESP, DISCONNECT = range(11, 15)
 EBUSY, ECLOSED, EPROTO, ECANCELED, ECONNSHUT = 4, 7, 13, 20, 31
 PATIENCE = 20.0
 
@@ -73,7 +73,7 @@ class Nng:
         self.c = c = ctypes.CDLL(str(library))
         c.nng_sendmsg.argtypes = (Socket, c_void_p, c_int)
         c.nng_send_aio.argtypes = c.nng_recv_aio.argtypes = (Socket, c_void_p)
-        c.nng_close.argtypes = (Socket,)
+        c.nng_close.argtypes = c.stub_timer.argtypes = (Socket,)
         for name in ("wait", "free", "cancel", "result", "get_msg", "busy"):
             getattr(c, f"nng_aio_{name}").argtypes = (c_void_p,)
         c.nng_aio_get_msg.restype = c_void_p

@@ -27,6 +27,7 @@ from nng_ctypes import (
     EPROTO,
     PATIENCE,
     PINGREQ,
+    PINGRESP,
     PUBACK,
     PUBCOMP,
     PUBLISH,
@@ -80,7 +81,7 @@ def opened(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
 
 
 def connected(opened: Opened, **faults: object) -> tuple[Nng, Peer]:
-    """With CONNACK taken out of the receive queue."""
+    """Its keepalive is 60 s. With CONNACK taken out of the receive queue."""
     nng, peer = opened(**faults)
     nng.connect()
     peer.accept_mqtt()
@@ -371,27 +372,45 @@ def test_a_slow_wire_fills_the_queue(opened: Opened, tmp_path: Path) -> None:
     assert nng_stub.counters(log)["dropped"] > 1_000
 
 
+def keepalive(nng: Nng) -> None:
+    """A minute goes by, which is the keepalive; nothing of ours is on its way."""
+    for _ in range(12):
+        nng.c.stub_timer(nng.socket)
+
+
 def test_own_acks_count_as_sends_and_pings_do_not(opened: Opened) -> None:
-    nng, peer = opened(timer=20_000)
-    nng.connect(connect_keep_alive=5)
-    peer.accept_mqtt()
+    nng, peer = connected(opened)
+    until(lambda: nng.sent == 1, "the send callback of CONNECT")
+    keepalive(nng)
+    assert peer.packet() == (PINGREQ << 4, b"")
     peer.say(PUBLISH << 4 | 2, b"\0\1t\0\7x")
-    kinds: list[int] = []
-    while PINGREQ not in kinds or PUBACK not in kinds:
-        kinds.append(peer.packet()[0] >> 4)
-        if kinds[-1] == PINGREQ:
-            peer.say(13 << 4)
+    assert peer.packet() == (PUBACK << 4, b"\0\7")
     assert until(lambda: nng.sent >= 2, "the send callback")
     assert nng.sent == 2  # CONNECT, PUBACK
 
 
 def test_two_unanswered_pings_end_the_connection(opened: Opened) -> None:
-    nng, peer = opened(timer=20_000)
-    nng.connect(connect_keep_alive=5)
-    peer.accept_mqtt()
-    assert [peer.packet() for _ in range(2)] == [(PINGREQ << 4, b"")] * 2
+    nng, peer = connected(opened)
+    until(lambda: nng.sent == 1, "the send callback of CONNECT")
+    for _ in range(2):
+        keepalive(nng)
+        assert peer.packet() == (PINGREQ << 4, b"")
+    keepalive(nng)
     with pytest.raises(EOFError):
         peer.packet()
+
+
+def test_an_answered_ping_keeps_the_connection(opened: Opened) -> None:
+    nng, peer = connected(opened)
+    until(lambda: nng.sent == 1, "the send callback of CONNECT")
+    message = nng.receive()
+    for number in range(3):
+        keepalive(nng)
+        assert peer.packet() == (PINGREQ << 4, b"")
+        peer.say(PINGRESP << 4)
+        peer.say(PUBLISH << 4, b"\0\1t%d" % number)  # read after it
+        nng.c.nng_msg_free(nng.waited(message))
+        nng.c.nng_recv_aio(nng.socket, message)
 
 
 # --- acknowledgements ---------------------------------------------------------------------
