@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -195,20 +197,15 @@ async def until_gone(pid: int) -> None:
 
 
 needs_proc = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-FAMILY = """
-import pathlib, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-pathlib.Path(sys.argv[1]).write_text(f"{child.pid}")
-time.sleep(600)
-"""
+FAMILY = ("sh", "-c", 'sleep 600 & echo $! >"$0"; wait')
 
 
 @needs_proc
 def test_a_command_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
     told = tmp_path / "pid"
-    command = (sys.executable, "-c", FAMILY, str(told))
-    with pytest.raises(ConnectorError, match=r"did not end within 2 s and was stopped"):
-        read(SecretFrom(command=command, timeout=Duration(2)))
+    command = (*FAMILY, str(told))
+    with pytest.raises(ConnectorError, match=r"did not end within 3 s and was stopped"):
+        read(SecretFrom(command=command, timeout=Duration(3)))
     asyncio.run(until_gone(int(told.read_text())))
 
 
@@ -217,7 +214,7 @@ def test_a_command_is_ended_when_nobody_waits_any_more(tmp_path: Path) -> None:
     told = tmp_path / "pid"
 
     async def main() -> None:
-        command = (sys.executable, "-c", FAMILY, str(told))
+        command = (*FAMILY, str(told))
         reading = asyncio.create_task(read_secret(SecretFrom(command=command, timeout=Duration(600))))
         async with asyncio.timeout(30):
             while not told.exists() or not told.read_text():
@@ -228,6 +225,25 @@ def test_a_command_is_ended_when_nobody_waits_any_more(tmp_path: Path) -> None:
         await until_gone(int(told.read_text()))
 
     asyncio.run(main())
+
+
+def test_a_command_that_nobody_waits_for_any_more_is_not_started(tmp_path: Path) -> None:
+    async def main() -> None:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        free = threading.Event()
+        taken = asyncio.create_task(asyncio.to_thread(free.wait, 60))  # the only thread
+        await asyncio.sleep(0)
+        command = (sys.executable, "-c", "import sys; open(sys.argv[1], 'w')", str(tmp_path / "ran"))
+        reading = asyncio.create_task(read_secret(SecretFrom(command=command)))
+        await asyncio.sleep(0)
+        reading.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reading
+        free.set()
+        await taken
+
+    asyncio.run(main())  # it waits for its threads
+    assert not (tmp_path / "ran").exists()
 
 
 def test_who_keeps_the_pipe_open_after_the_command_holds_up_nobody() -> None:

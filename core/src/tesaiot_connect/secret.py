@@ -17,6 +17,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Hashable
 from pathlib import Path
 from typing import IO, Any
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 _LARGEST = 64 * 1024
 """Bytes a secret may have: an MQTT password has at most 65,535 (MQTT 5 section 3.1.3.6)."""
-_GRACE = 0.5
+_GRACE = 2.0
 """Seconds for what a command has written to arrive after its end."""
 
 
@@ -200,15 +201,53 @@ class _Output:
             while data := pipe.read(4096):
                 self._kept += data[: _LARGEST + 1 - len(self._kept)]
 
-    def text(self) -> bytes:
-        self._thread.join(_GRACE)
+    def text(self, until: float) -> bytes:
+        """Of what it has written; waits for the end of the pipe `until` then."""
+        self._thread.join(max(0.0, until - time.monotonic()))
         return bytes(self._kept)
+
+
+class _Run:
+    """One run of a command, in a thread. Whoever waits for it may end it before, while and after it runs."""
+
+    def __init__(self, command: tuple[str, ...], timeout: float) -> None:
+        self._command = command
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._unwanted = False
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def finish(self) -> tuple[int | None, bytes, bytes]:
+        """Exit code, standard output and standard error; no code if it had to be killed."""
+        with self._lock:
+            if self._unwanted:
+                return None, b"", b""
+            self._process = process = _start(self._command)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        out, err = _Output(process.stdout), _Output(process.stderr)
+        code: int | None = None
+        try:
+            code = process.wait(self._timeout)
+        except subprocess.TimeoutExpired:
+            _kill(process)
+            process.wait()
+        end = time.monotonic() + _GRACE
+        return code, out.text(end), err.text(end)
+
+    def end(self) -> None:
+        """Nobody waits any more: the thread ends with the process."""
+        with self._lock:
+            self._unwanted = True
+            if self._process is not None and self._process.returncode is None:
+                _kill(self._process)
 
 
 async def _from_command(command: tuple[str, ...], timeout: float) -> Secret:
     program = _program(command)
+    run = _Run(command, timeout)
     try:
-        process = _start(command)
+        code, out, err = await asyncio.to_thread(run.finish)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         fix = "check its name and that it is on the PATH"
@@ -216,11 +255,8 @@ async def _from_command(command: tuple[str, ...], timeout: float) -> Secret:
             fix = f'there is no shell: write each argument apart, ["{program}", "..."]'
         told = ConnectorError(f"the command {program} for a secret cannot be run: {reason}", fix=fix)
         raise told from (error if program == command[0] else None)  # it names all of what was to be run
-    try:
-        code, out, err = await asyncio.to_thread(_finish, process, timeout)
-    finally:  # cancelled: the thread ends with the process
-        if process.returncode is None:
-            _kill(process)
+    finally:
+        run.end()
     if code is None:
         raise ConnectorError(
             f"the command {program} for a secret did not end within {timeout:g} s and was stopped",
@@ -244,20 +280,6 @@ def _start(command: tuple[str, ...]) -> subprocess.Popen[bytes]:
         bufsize=0,
         start_new_session=True,  # so that it can be ended with all that it has started
     )
-
-
-def _finish(process: subprocess.Popen[bytes], timeout: float) -> tuple[int | None, bytes, bytes]:
-    """Exit code, standard output and standard error; no code if it had to be killed."""
-    assert process.stdout is not None
-    assert process.stderr is not None
-    out, err = _Output(process.stdout), _Output(process.stderr)
-    code: int | None = None
-    try:
-        code = process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        _kill(process)
-        process.wait()
-    return code, out.text(), err.text()
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

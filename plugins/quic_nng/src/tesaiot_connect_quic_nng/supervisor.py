@@ -19,6 +19,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -41,7 +42,7 @@ _PING = 2.0
 _LEAVE = 2.0
 """Seconds between a worker's last word and its end; then it is killed."""
 _REAP = 0.05
-"""Seconds that `kill` waits for a process to be gone; it takes a few milliseconds."""
+"""Seconds that `kill` waits for a process to be gone; it takes a few milliseconds where nothing else runs."""
 _TAIL = 4096
 _LINE = 200
 _DROPPED = b"msg lost"
@@ -180,7 +181,8 @@ class Worker:
             self._ending()
 
     def kill(self, why: Ended | None = None) -> None:
-        """Ends it at once. Idempotent. It blocks for the few milliseconds the system takes for that."""
+        """Ends it at once. Idempotent. It blocks for the few milliseconds the system takes for that; where it
+        takes longer a thread waits, since the event loop may end before the process."""
         if not self._open:
             return
         self._why = self._why or why or Ended(what="the connection was closed on this side")
@@ -188,6 +190,8 @@ class Worker:
         end = time.monotonic() + _REAP
         while self._popen.poll() is None and time.monotonic() < end:
             time.sleep(0.0005)
+        if self._popen.poll() is None:
+            threading.Thread(target=self._popen.wait, daemon=True).start()
         self._ending()
 
     async def finish(self, timeout: float) -> None:
@@ -283,21 +287,26 @@ class Worker:
 
     def _ending(self, delay: float = 0.001) -> None:
         """It has closed its control socket, or was killed: reap it."""
-        if self._popen.poll() is None:
+        running = self._popen.poll() is None
+        if running and self._why is None:  # what it prints is still of use
             self._loop.remove_reader(self._control.fileno())
-            if delay > _LEAVE and self._why is None:
-                self._why = Ended(what="the process of quic_nng closed its control socket and stayed")
-                self._popen.kill()
+        elif self._open:
+            self._open = False
+            self._hear()
+            self._loop.remove_reader(self._control.fileno())
+            self._loop.remove_reader(self._output)
+            self._control.close()
+            os.close(self._output)
+        if running and delay > _LEAVE and self._open:
+            self.kill(Ended(what="the process of quic_nng closed its control socket and stayed"))
+        elif running:
             self._later(min(delay, 0.1), partial(self._ending, delay * 1.5))
-            return
-        self._open = False
+        else:
+            self._reaped()
+
+    def _reaped(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._hear()
-        self._loop.remove_reader(self._control.fileno())
-        self._loop.remove_reader(self._output)
-        self._control.close()
-        os.close(self._output)
         if not self.last_word.done():
             self.last_word.set_result(self._why or self._died())
         self.gone.set_result(None)
