@@ -15,7 +15,7 @@ from installed import EntryPoint
 from tesaiot_connect import hookspecs, plugins
 from tesaiot_connect.cli import execute
 from tesaiot_connect.config import load
-from tesaiot_connect.errors import ConfigError
+from tesaiot_connect.errors import ConfigError, ConnectorError
 from tesaiot_connect.negotiation import Negotiator
 from tesaiot_connect.protocols import Connection, Duration, Secret, Url
 from tesaiot_connect.tls import TlsOptions
@@ -586,4 +586,51 @@ def test_an_endpoint_whose_plugin_is_broken_is_left_out_where_another_remains(
     ]
     file.write_text(change(good, endpoint))
     with pytest.raises(ConfigError, match=re.escape(left_out.reason)):
+        load(file, catalog=catalog)
+
+
+@pytest.mark.parametrize(
+    ("reply", "told"),
+    [
+        (ConnectorError("it cannot swim", fix="use a boat"), "it cannot swim"),
+        (RuntimeError("no idea"), "Careful.refusal() failed: RuntimeError: no idea"),
+        ("never", "Careful.refusal() returned str, not a ConnectorError or None"),
+        (ConnectorError("it cannot swim", fix=None), "whose `what` or `fix` is no text"),  # type: ignore[arg-type]
+    ],
+    ids=["refuses", "raises", "text", "no_fix"],
+)
+def test_an_endpoint_that_its_transport_refuses_is_left_out_however_it_says_so(
+    tmp_path: Path, reply: Any, told: str
+) -> None:
+    @attrs.frozen
+    class Careful(Plain):
+        def refusal(self) -> Any:
+            if isinstance(reply, RuntimeError):
+                raise reply
+            return reply
+
+    class Point:
+        name, value, group = "careful", "module", hookspecs.GROUP
+        dist = SimpleNamespace(name="careful-plugin", version="1.2")
+
+        def load(self) -> Any:
+            class Offered:
+                @staticmethod
+                @hookspecs.hookimpl
+                def tesaiot_transports() -> dict[str, Any]:
+                    return {"careful": Careful}
+
+            return Offered
+
+    catalog = plugins.load([EntryPoint(Fake), Point()])  # type: ignore[list-item]
+    endpoint = '{ url = "plain://h:1", via = "careful" }'
+    file, good = tmp_path / "pipeline.toml", '"mqtts://broker.example:8883"'
+    file.write_text(change(good, f"{endpoint}, {good}"))
+    config = load(file, catalog=catalog)
+    [connection] = config.connections.values()
+    assert isinstance(connection.dialer, Negotiator)
+    [left_out] = connection.dialer.left_out
+    assert told in left_out.reason
+    file.write_text(change(good, endpoint))
+    with pytest.raises(ConfigError, match=re.escape(told)):
         load(file, catalog=catalog)

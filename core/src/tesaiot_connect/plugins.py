@@ -21,7 +21,7 @@ import pluggy
 
 from . import builtin, hookspecs
 from .errors import ConnectorError, PluginError
-from .protocols import ProbedTransport
+from .protocols import CheckedTransport, ProbedTransport, Transport
 
 Kind = Literal["transport", "auth", "authenticator", "serializer", "source", "sink"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -125,13 +125,7 @@ class Implementation:
                 raise failure
             raise PluginError(f"{told} failed: {_reason(failure)}") from failure
         for found in answers:
-            if isinstance(found, ConnectorError):
-                if not (isinstance(found.what, str) and isinstance(found.fix, str)):
-                    raise PluginError(f"{told} returned a ConnectorError whose `what` or `fix` is no text")
-                return found
-            if found is not None:
-                raise PluginError(f"{told} returned {type(found).__name__}, not a ConnectorError or None")
-            return None
+            return _reply(told, found)
         raise PluginError(f"{told} gave no answer in {_PATIENCE:g} s")
 
 
@@ -345,6 +339,30 @@ def _wrong_transport(recipe: type[Any], keys: set[str]) -> str:
     except Exception as error:  # noqa: BLE001 - kept as the plugin's failure
         return f"does not keep its contract: {_reason(error)}"
     return ""
+
+
+def refusal(recipe: Transport) -> ConnectorError | None:
+    """What of a recipe's fields its transport cannot do. Raises PluginError where it breaks the contract of
+    `CheckedTransport`."""
+    if not isinstance(recipe, CheckedTransport):
+        return None
+    told = f"{type(recipe).__name__}.refusal()"
+    try:
+        found: object = recipe.refusal()
+    except Exception as error:
+        raise PluginError(f"{told} failed: {_reason(error)}", fix="update the plugin") from error
+    return _reply(told, found)
+
+
+def _reply(told: str, found: object) -> ConnectorError | None:
+    """What a plugin returned that was to return a ConnectorError or None."""
+    if found is None:
+        return None
+    if not isinstance(found, ConnectorError):
+        raise PluginError(f"{told} returned {type(found).__name__}, not a ConnectorError or None")
+    if not (isinstance(found.what, str) and isinstance(found.fix, str)):
+        raise PluginError(f"{told} returned a ConnectorError whose `what` or `fix` is no text")
+    return found
 
 
 def _reason(error: BaseException) -> str:

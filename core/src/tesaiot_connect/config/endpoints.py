@@ -13,8 +13,8 @@ import attrs
 
 from ..dialing import Attempt
 from ..errors import PluginError, Problem
-from ..plugins import PACKAGES, SCHEMES, Catalog
-from ..protocols import CheckedTransport, Transport, Url
+from ..plugins import PACKAGES, SCHEMES, Catalog, refusal
+from ..protocols import Transport, Url
 from .document import show
 from .lines import Path
 from .structure import keys
@@ -107,9 +107,12 @@ def _endpoint(composer: Composer, path: Path, value: Any, tls: Any) -> _Made:
     made: Transport | None = composer.structure(path, {"url": url, **rest}, kind, also=("via",), moved=moved)
     if made is None:
         return _Made(path, "")
-    refusal = made.refusal() if isinstance(made, CheckedTransport) else None
-    if refusal is not None:
-        return _Made(path, str(url), reasons=(doc.note(path, refusal.what, refusal.fix),))
+    try:
+        refused = refusal(made)
+    except PluginError as error:
+        refused = error
+    if refused is not None:
+        return _Made(path, str(url), reasons=(doc.note(path, refused.what, refused.fix),))
 
     def place(key: Path) -> Path:
         written = rest.get("tls")
