@@ -8,9 +8,14 @@ from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from loops import LOOPS, Run
 
 from tesaiot_connect.testing import Certificates
+
+# by default an example that takes 200 ms is a failure, also where the machine stood still
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

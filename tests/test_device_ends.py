@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from logging.handlers import QueueHandler
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 from platform_thread import Platform
 
-from tesaiot_connect import Disconnected, MQTTQUICClient, TESAIoTMQTTClient
+from tesaiot_connect import Disconnected, MQTTQUICClient, TESAIoTMQTTClient, signals
 from tesaiot_connect.device import session as module
 from tesaiot_connect.device.session import Session
 
@@ -189,7 +190,17 @@ def test_threads_that_connect_at_once_share_one_connection(platform: Platform) -
     device.disconnect()
 
 
-def test_disconnecting_ends_every_wait(platform: Platform, tmp_path: Path) -> None:
+def test_disconnecting_ends_every_wait(
+    platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    connecting = threading.Event()
+    wait_connected = Session.wait_connected
+
+    def announced(session: Session, timeout: float | None) -> None:
+        connecting.set()
+        wait_connected(session, timeout)
+
+    monkeypatch.setattr(Session, "wait_connected", announced)
     with Platform(tmp_path / "platform") as mortal:
         device = MQTTQUICClient(mortal.device, url=mortal.urls["tls"], max_waiting=1)
         lost = threading.Event()
@@ -203,6 +214,10 @@ def test_disconnecting_ends_every_wait(platform: Platform, tmp_path: Path) -> No
         Task(device.subscribe, "devices/device-1/commands/#", 1, None),
         Task(device.connect),
     ]
+    assert connecting.wait(60)  # later, it would connect anew
+    assert device._session is not None
+    while "devices/device-1/commands/#" not in device._session._granted:
+        time.sleep(0.001)
     assert device.disconnect(timeout=0) is False
     assert {type(one.end()) for one in waits} == {Disconnected}
 
@@ -227,6 +242,9 @@ def test_a_callback_that_never_returns_does_not_keep_disconnect(
     leave.set()
     with pytest.raises(Disconnected):
         left.wait_for_publish(20)
+    assert device._session is not None and device._session._thread is not None
+    device._session._thread.join(60)  # the next test has a thread of the same name
+    assert not device._session._thread.is_alive()
 
 
 @posix
@@ -338,16 +356,18 @@ def test_a_program_that_ends_right_after_a_callback_disconnected(
     ending = """
 import sys, threading
 from tesaiot_connect import MQTTQUICClient
+from tesaiot_connect.device import session
+session._AT_EXIT = 60.0  # however slow this machine is
 left = threading.Event()
 def on_connect(client, userdata, flags, rc):
     for number in range(1000):
         client.publish_telemetry({"number": number, "filler": "x" * 300})
-    client.disconnect()
+    client.disconnect(timeout=60)
     left.set()
 device = MQTTQUICClient(sys.argv[1])
 device.on_connect = on_connect
 device.connect()
-left.wait(30)
+left.wait(60)
 """
     done = program(ending, platform.device)
     assert (done.returncode, done.stderr) == (0, "")
@@ -381,8 +401,11 @@ Subscriber(sys.argv[1], client_id="killed", clean_session=False).run_forever()
 
 
 @posix
-def test_signals_end_run_forever_and_their_handlers_come_back(platform: Platform) -> None:
+def test_signals_end_run_forever_and_their_handlers_come_back(
+    platform: Platform, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also while it connects."""
+    monkeypatch.setattr(signals, "_TWICE", 3600.0)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     class Signalled(TESAIoTMQTTClient):
@@ -424,6 +447,8 @@ def test_a_program_that_forgets_to_disconnect_still_ends_and_takes_its_leave(
     forgetful = """
 import sys
 from tesaiot_connect import MQTTQUICClient
+from tesaiot_connect.device import session
+session._AT_EXIT = 60.0  # however slow this machine is
 device = MQTTQUICClient(sys.argv[1], url=sys.argv[2], client_id="forgetful")
 device.connect()
 device.publish_telemetry({"forgotten": 1}, wait=False)

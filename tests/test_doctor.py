@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -35,6 +35,7 @@ from tesaiot_connect import (
     Connection,
     Listener,
     ListenerSpec,
+    Message,
     MqttConnection,
     Negotiator,
     Refused,
@@ -43,7 +44,7 @@ from tesaiot_connect import (
     load,
 )
 from tesaiot_connect.cli import execute
-from tesaiot_connect.diagnosis import Plan, diagnose
+from tesaiot_connect.diagnosis import Plan, diagnose, sample
 from tesaiot_connect.portal import Portal
 from tesaiot_connect.protocols import Credentials, Peer, Principal
 from tesaiot_connect.testing import Certificates
@@ -85,6 +86,9 @@ Doctor = Callable[..., Found]
 @pytest.fixture
 def doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
     def run(*arguments: str | Path) -> Found:
+        """What only URLs name has much time, unless it is said how much: what works may be slow."""
+        if isinstance(arguments[0], str) and "--timeout" not in arguments:
+            arguments = (*arguments, "--timeout", "60s")
         capsys.readouterr()
         code = execute(["doctor", "--json", *map(str, arguments)])
         captured = capsys.readouterr()
@@ -93,6 +97,24 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> Doctor:
         return Found(code, json.loads(captured.out), captured.err)
 
     return run
+
+
+@pytest.fixture(autouse=True)
+def little_throughput(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much as is sent within any time."""
+    monkeypatch.setattr(sample, "MOST_BYTES", 256 * 1024)
+    monkeypatch.setattr(sample, "MOST_SECONDS", 60.0)
+
+
+def patient(folder: Path, endpoints: Mapping[str, str], ca_file: Path | None = None) -> Path:
+    """A file of one connection: each endpoint with the time it has to connect, and much time for the rest."""
+    listed = ", ".join(f'{{ url = "{url}", connect_timeout = "{time}" }}' for url, time in endpoints.items())
+    lines = ["[connections.c]", f"endpoints = [{listed}]", 'connect_timeout = "60s"']
+    if ca_file is not None:
+        lines.append(f"tls = {{ ca_file = {json.dumps(str(ca_file))} }}")
+    file = folder / "patient.toml"
+    file.write_text("\n".join((*lines, "")))
+    return file
 
 
 @contextmanager
@@ -259,6 +281,9 @@ def test_mosquitto_notices_a_guest_that_leaves_nothing(doctor: Doctor, folder: P
 
                     task = asyncio.create_task(read())
                     yield client
+                    await client.publish([Message("the/end", b"", 1)])
+                    while "the/end" not in seen:
+                        await asyncio.sleep(0.001)
                     task.cancel()
                     assert client.status.connects == 1, "doctor took its session"
 
@@ -269,7 +294,7 @@ def test_mosquitto_notices_a_guest_that_leaves_nothing(doctor: Doctor, folder: P
     accepted = found.endpoints[0]["mqtt"]
     assert accepted["version"] == protocol
     assert re.fullmatch(r"dash-doctor-[0-9a-f]{6}", accepted["client_id"])
-    assert set(seen) == {"some/topic"}, "its will was published, or something else"
+    assert set(seen) == {"some/topic", "the/end"}, "its will was published, or something else"
     (flags,) = set(re.findall(r"as dash-doctor-\w+ \((p\d, c\d)", log))
     assert flags == ("p5, c1" if protocol == "5" else "p2, c1")
 
@@ -327,12 +352,10 @@ def test_the_bundle_of_the_platform(doctor: Doctor, folder: Path) -> None:
 # --- what does not ----------------------------------------------------------------------------
 
 
-def test_udp_is_blocked_and_tcp_is_not(doctor: Doctor, certificates: Certificates) -> None:
+def test_udp_is_blocked_and_tcp_is_not(doctor: Doctor, certificates: Certificates, folder: Path) -> None:
     with served(mqtts(certificates.server())) as (url,), silent_udp() as port:
-        found = doctor(
-            f"quic://localhost:{port}", url.replace("127.0.0.1", "localhost"),
-            "--set", f"tls.ca_file={certificates.ca_file}", "--timeout", "1s",
-        )  # fmt: skip
+        endpoints = {f"quic://localhost:{port}": "2s", localhost(url): "60s"}
+        found = doctor(patient(folder, endpoints, certificates.ca_file))
     assert found.code == 0
     assert found.only["uses"].startswith("mqtts://")
     assert found.only["why"] == [f"quic://localhost:{port} is preferred, but fails"]
@@ -353,7 +376,7 @@ def test_udp_is_blocked_and_tcp_is_not(doctor: Doctor, certificates: Certificate
 
 def test_udp_alone_is_only_silent(doctor: Doctor) -> None:
     with silent_udp() as port:
-        found = doctor(f"quic://127.0.0.1:{port}", "--timeout", "500ms")
+        found = doctor(f"quic://127.0.0.1:{port}", "--timeout", "2s")
     assert found.code == 69
     assert (found.only["uses"], found.only["why"]) == (None, ["no endpoint can be used"])
     assert found.problem()["cause"] == ""
@@ -364,7 +387,7 @@ def test_a_broker_that_hangs_is_not_a_firewall(doctor: Doctor) -> None:
     """TCP connects, as long as the kernel answers for the broker."""
     with socket.create_server(("127.0.0.1", 0)) as server, silent_udp() as port:
         hung = f"mqtts://127.0.0.1:{server.getsockname()[1]}"
-        found = doctor(f"quic://127.0.0.1:{port}", hung, "--timeout", "1s")
+        found = doctor(f"quic://127.0.0.1:{port}", hung, "--timeout", "3s")
     assert found.code == 69
     assert found.problem()["cause"].startswith(f"not UDP alone: {hung}")
 
@@ -565,7 +588,7 @@ def test_a_broker_that_stalls_after_tls(doctor: Doctor, certificates: Certificat
     with stalling(mqtts(tls)) as stalled, served(mqtts(tls)) as (url,):
         found = doctor(
             stalled, url, "--set", f"tls.ca_file={certificates.ca_file}", "--set", "protocol=5",
-            "--timeout", "1s",
+            "--timeout", "5s",
         )  # fmt: skip
     assert found.code == 0
     assert found.outcomes()["secure"] == "ok"
@@ -725,7 +748,7 @@ class OddConnection:
 def test_a_plugin_with_a_mistake_is_a_finding(mosquitto: Mosquitto, breaks: str) -> None:
     url = Url.parse(mosquitto.url)
     dialer = Negotiator([Odd(url, breaks), TcpTls(url)])
-    (found,) = asyncio.run(diagnose({"c": MqttConnection("c", dialer)}, Plan(timeout=5.0)))
+    (found,) = asyncio.run(diagnose({"c": MqttConnection("c", dialer)}, Plan(timeout=60.0)))
     odd, fine = found.findings
     wrong = [step for step in odd.steps.values() if step.outcome == "failed"]
     assert wrong
@@ -751,19 +774,19 @@ def test_check_goes_on_where_a_broker_does_not_answer_connect(
     with socket.create_server(("127.0.0.1", 0)) as server:
         mute = f"mqtt://127.0.0.1:{server.getsockname()[1]}"
 
-        def checked(*urls: str) -> tuple[int, str]:
+        def checked(time: str, *urls: str) -> tuple[int, str]:
             file.write_text(
                 f'[connections.c]\nendpoints = {json.dumps(urls)}\nprotocol = "5"\n'
                 f"memory_folder = {json.dumps(str(folder / 'memory'))}\n"
-                'connect_timeout = "300ms"\n'
+                f'connect_timeout = "{time}"\n'
             )
             return execute(["check", str(file)]), capsys.readouterr().out
 
-        code, text = checked(mute, mosquitto.url)
+        code, text = checked("5s", mute, mosquitto.url)
         assert code == 0
         assert text.startswith("c  ok  ")
         assert f"{mute} failed: " in text
-        code, text = checked(mute)
+        code, text = checked("1s", mute)
         assert code == 69
         assert "sent no CONNACK" in text
 
@@ -782,12 +805,16 @@ def test_the_echo_is_allowed_where_rights_are(doctor: Doctor) -> None:
     assert allowed.outcomes()["echo"] == allowed.outcomes()["throughput"] == "ok"
 
 
-def test_an_echo_that_is_dropped_in_silence(doctor: Doctor, folder: Path) -> None:
+def test_an_echo_that_is_dropped_in_silence(
+    doctor: Doctor, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """mosquitto grants the subscription of a client that may not read, and drops what it may not."""
+    echo = sample.echo
+    monkeypatch.setattr(sample, "echo", lambda client, fate, topic, _timeout: echo(client, fate, topic, 1.0))
     acl = folder / "acl"
     acl.write_text("topic write #\n")
     with Mosquitto(folder / "broker", f"acl_file {acl}") as broker:
-        found = doctor(broker.url, "--timeout", "1s")
+        found = doctor(broker.url)
     assert found.code == 0
     assert found.outcomes()["echo"] in ("failed", "not allowed")
     assert "--topic" in found.endpoints[0]["steps"]["echo"]["fix"]
@@ -797,13 +824,18 @@ def test_an_echo_that_is_dropped_in_silence(doctor: Doctor, folder: Path) -> Non
 
 
 def test_a_table_for_80_columns(
-    certificates: Certificates, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    certificates: Certificates,
+    folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     tls = certificates.server()
     with served(quic(tls), mqtts(tls), wss(tls)) as urls, silent_udp() as port:
-        arguments = [f"quic://127.0.0.1:{port}", *urls, "mqtts://nobody.invalid", "--timeout", "1s"]
-        code = execute(["doctor", *arguments, "--set", f"tls.ca_file={certificates.ca_file}", "--throughput"])
+        silent = f"quic://127.0.0.1:{port}"
+        endpoints = {silent: "1s", **dict.fromkeys((*urls, "mqtts://nobody.invalid"), "60s")}
+        file = patient(folder, endpoints, certificates.ca_file)
+        code = execute(["doctor", str(file), "--throughput"])
     text = capsys.readouterr().out
     assert code == 0
     assert max(map(len, text.splitlines())) <= 80, text
@@ -866,7 +898,7 @@ def test_on_a_network(doctor: Doctor, certificates: Certificates, fault: str) ->
         elif fault == "narrow":
             lab.mtu(1100)
         with lab.enter("cl"):
-            found = doctor(*urls, "--set", f"tls.ca_file={certificates.ca_file}", "--timeout", "2s")
+            found = doctor(*urls, "--set", f"tls.ca_file={certificates.ca_file}", "--timeout", "5s")
     assert found.code == 0
     assert found.only["uses"] == urls[0 if fault == "none" else 1]
     if fault == "none":

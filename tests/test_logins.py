@@ -39,10 +39,11 @@ CLIENTS = """
 [connections.device]
 endpoints = ["mqtt://127.0.0.1:PORT"]
 reconnect = { min = "10ms", max = "1000s" }
+connect_timeout = "60s"
 [connections.device.auth]
 type = "password"
 username = { env = "DEVICE" }
-password = { command = [PYTHON, "-c", "print('pw')"] }
+password = { command = [PYTHON, "-c", "print('pw')"], timeout = "60s" }
 
 [connections.dashboard]
 endpoints = ["mqtt://127.0.0.1:PORT"]

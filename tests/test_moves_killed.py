@@ -118,7 +118,7 @@ def test_killed_in_the_middle_of_a_move(tmp_path: Path, moment: str) -> None:
             assert mine == sorted(mine), "in order, those that came twice left aside"
 
     async def bounded(broker: Served) -> None:
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(200):
             await main(broker)
 
     broker = Served(tmp_path)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from negotiated_ways import World, healed, inside, trip
@@ -72,7 +73,7 @@ def test_where_everything_fails_each_says_why_and_nothing_is_held_against_it(
 ) -> None:
     async def main() -> None:
         dialer = world.dialer(
-            tmp_path, ("quic distrusted", "mqtts distrusted", "mqtts that stalls"), timeout=1.0
+            tmp_path, ("quic distrusted", "mqtts distrusted", "mqtts that stalls"), timeout=5.0
         )
         async with Client(dialer, ClientOptions(client_id="nobody")) as client:
             with pytest.raises(ConnectFailed) as caught:
@@ -80,7 +81,7 @@ def test_where_everything_fails_each_says_why_and_nothing_is_held_against_it(
             attempts = client.status.attempts
         assert [one.outcome for one in attempts] == ["failed"] * 3
         assert caught.value.attempts == attempts
-        for one, why in zip(attempts, ("not from a trusted authority",) * 2 + ("within 1 s",), strict=True):
+        for one, why in zip(attempts, ("not from a trusted authority",) * 2 + ("within 5 s",), strict=True):
             assert why in one.reason
             assert one.reason in caught.value.what
             assert one.fix
@@ -91,16 +92,36 @@ def test_where_everything_fails_each_says_why_and_nothing_is_held_against_it(
     inside(world.lab, main())
 
 
+def penalties(dialer: Any) -> list[float]:
+    """Where the length of each penalty is put that it gives, in seconds, however long that takes."""
+    found: list[float] = []
+    now, clock, write = 0.0, dialer._clock, dialer._write
+
+    def noted() -> float:
+        nonlocal now
+        now = clock()
+        return now
+
+    def written(place: int, record: Any) -> None:
+        if record.penalty_until:
+            found.append(record.penalty_until - now)
+        write(place, record)
+
+    dialer._clock, dialer._write = noted, written
+    return found
+
+
 def test_a_path_that_comes_and_goes_is_tried_less_and_less_often(world: World, tmp_path: Path) -> None:
     async def main() -> None:
         waits: list[float] = []
         dialer = world.dialer(tmp_path, ALL, race_delay=NEVER, penalty=Duration(0.2), quic=WATCHFUL)
+        lengths = penalties(dialer)
         async with trip(world, dialer) as made:
             for _ in range(3):
+                lengths.clear()
                 await udp_dropped(made)
-                status = made.status
-                assert status.better_after is not None
-                waits.append(status.better_after - status.since)
+                assert made.status.better_after is not None
+                waits.append(lengths[0])
                 await udp_back(made)
             assert (made.status.connects, made.status.moves) == (7, 3)
         assert world.accepted(made.client_id) == ["quic_aioquic", *["tcp_tls", "quic_aioquic"] * 3]

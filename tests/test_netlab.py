@@ -78,6 +78,7 @@ def test_the_client_reaches_the_server_through_the_nat(lab: Lab) -> None:
     with listener:
         with lab.enter("cl"):
             near = socket.create_connection(listener.getsockname(), timeout=20)
+        listener.settimeout(20)
         far, (host, _) = listener.accept()
         with near, far:
             assert host == lab.router
@@ -150,6 +151,7 @@ def test_lost_packets_are_counted(lab: Lab) -> None:
         lab.lose(50)
         for _ in range(sent):
             near.sendto(b"x", (lab.server, PORT))
+        until(lambda: lab.dropped() > 0)  # a busy kernel handles them later
         lab.heal()
         dropped = lab.dropped()
         # 50 +- 14 sigma
@@ -216,12 +218,12 @@ def test_nothing_stays_behind_when_a_test_fails() -> None:
 
 
 def test_what_a_killed_run_left_is_swept_and_nothing_else() -> None:
-    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
-        pass
-    left = f"tesaiot{gone.pid}n1cl"
-    call("ip", "netns", "add", left)
+    waiting = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with subprocess.Popen(waiting, stdin=subprocess.PIPE) as gone:
+        left = f"tesaiot{gone.pid}n1cl"
+        call("ip", "netns", "add", left)  # while it lives: another run may be sweeping
     with Spaces("one") as living, Spaces("two"):
-        assert left not in namespaces()
+        until(lambda: left not in namespaces())
         assert living.name("one") in namespaces()
 
 
@@ -304,7 +306,9 @@ def test_tcp_loses_packets_but_no_bytes() -> None:
         with listener:
             with wan.enter("a"):
                 near = socket.create_connection(listener.getsockname(), timeout=20)
+            listener.settimeout(20)
             far, _ = listener.accept()
+            far.settimeout(60)
             with near, far, far.makefile("rb") as reader:
                 near.sendall(data)
                 near.close()

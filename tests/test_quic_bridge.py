@@ -6,6 +6,7 @@ import asyncio
 import socket
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -43,7 +44,7 @@ def subscribed(port: int, topic: str, count: int, qos: int) -> Iterator[IO[str]]
     # a retained message is the answer to a subscription
     publish(port, topic, "-r", "-m", "kept", "-q", "1")
     tool = program("mosquitto_sub", "mosquitto-clients")
-    command = [tool, "-p", str(port), "-t", topic, "-q", str(qos), "-C", str(count + 1), "-W", "60"]
+    command = [tool, "-p", str(port), "-t", topic, "-q", str(qos), "-C", str(count + 1), "-W", "120"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
@@ -118,9 +119,12 @@ def test_ended_connections_leave_nothing_open(mosquitto: Mosquitto, certificates
         via.wait("closed", 21)
         to.wait("closed", 21)
         # the last ones may still be closing
-        assert all(
-            len(list(folder.iterdir())) < count + 10 for folder, count in zip(folders, before, strict=True)
-        )
+        deadline = time.monotonic() + 20
+        while any(
+            len(list(folder.iterdir())) >= count + 10 for folder, count in zip(folders, before, strict=True)
+        ):
+            assert time.monotonic() < deadline, "sockets stay open"
+            time.sleep(0.01)
 
 
 def test_a_foreign_authority_is_refused(certificates: Certificates, tmp_path: Path) -> None:
@@ -231,7 +235,13 @@ def test_a_client_stays_connected_while_its_address_changes(
             port = stack.enter_context(aioquic_server(lab.server, broker.port, certificates))
             output = stack.enter_context(subscribed(broker.port, "moving", rounds * size, 1))
         with lab.enter("cl"):
-            via = stack.enter_context(quic_bridge.client(f"{lab.server}:{port}", certificates.ca_file))
+            # Whoever has nothing to send learns nothing of it: an answer of the broker that is under way
+            # while the NAT forgets is lost until the client sends something. Its PINGs do.
+            via = stack.enter_context(
+                quic_bridge.client(
+                    f"{lab.server}:{port}", certificates.ca_file, arguments=["--keepalive", "1s"]
+                )
+            )
         publisher = lab.run("cl", [*command, "-p", str(via.port)], stdin=subprocess.PIPE, text=True)
         assert publisher.stdin is not None
         for number in range(rounds):
@@ -241,6 +251,6 @@ def test_a_client_stays_connected_while_its_address_changes(
             getattr(lab, change)()
             assert [output.readline() for _ in lines] == lines
         publisher.stdin.close()
-        assert publisher.wait(20) == 0
+        assert publisher.wait(60) == 0
         assert via.wait("closed")["error"] == ""
         assert [event["event"] for event in via.events] == ["listening", "connected", "closed"]

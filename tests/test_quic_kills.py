@@ -19,4 +19,4 @@ def test_nothing_is_lost(tmp_path: Path, certificates: Certificates) -> None:
     assert outcome.missing == []
     assert outcome.acknowledged > 0
     assert outcome.early > 0
-    assert outcome.slowest < 20
+    assert outcome.slowest < 40  # restarts of Python included; timeouts of QUIC would take longer

@@ -7,12 +7,24 @@ connected once and the broker's subscriber must have got every message once.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from netlab import Lab, require_namespaces
-from quic_peers import PORT, TOPIC, Keeping, Moved, Served, Streams, apart, serving, until
+from quic_peers import (
+    PORT,
+    TOPIC,
+    Keeping,
+    Moved,
+    Served,
+    Streams,
+    apart,
+    gives_up_after,
+    serving,
+    until,
+)
 
 from tesaiot_connect import (
     BrokerOptions,
@@ -27,6 +39,7 @@ from tesaiot_connect import (
 )
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_quic_aioquic import liveness
+from tesaiot_connect_quic_aioquic.connection import QuicConnection
 
 pytestmark = pytest.mark.root
 
@@ -57,6 +70,13 @@ async def why_it_ended(connection: Connection) -> Disconnected:
     with pytest.raises(Disconnected) as caught:
         await stream.receive()
     return caught.value
+
+
+def silence_in(error: Disconnected) -> int:
+    """For how many seconds the broker had not answered, as the error says."""
+    found = re.search(r"has not answered for (\d+) s", error.what)
+    assert found is not None, error.what
+    return int(found[1])
 
 
 # --- moves
@@ -185,7 +205,7 @@ def test_a_client_that_only_listens_notices_its_new_address(
             await client.publish([Message("to/me", b"kept", qos=1)])
             await (await reader.read()).ack()
             await apart(moved.lab.move_client)
-            await until(lambda: moved.served.status().migrations == 1, seconds=10)
+            await until(lambda: moved.served.status().migrations == 1, seconds=40)
         assert dialer.connections[0].status().migrations == 1
         assert client.status.connects == 1
 
@@ -227,23 +247,21 @@ def test_a_lost_packet_after_a_long_rest_is_not_a_dead_path(moved: Moved) -> Non
     """The path's timeout begins with the question, not with the last answer."""
 
     async def test(client: Client, dialer: Keeping) -> None:
-        (connection,) = dialer.connections
-
-        def rested() -> bool:
-            now = asyncio.get_running_loop().time()
-            return now - connection.status().last_received > 2
-
-        await until(rested)
+        connection = dialer.connections[0]
+        assert isinstance(connection, QuicConnection)
+        await until(lambda: not connection.quic.waiting)
+        # it has rested for longer than the timeout
+        connection.figures.last_received -= 1000
+        connection._liveness._alive -= 1000
         await apart(moved.lab.drop_udp, PORT)
-        dropped = moved.lab.dropped()
+        before = connection.quic.probe_timeouts
         probe = asyncio.create_task(connection.probe())
-        while moved.lab.dropped() < dropped + 2:
-            await asyncio.sleep(0.002)
+        await until(lambda: connection.quic.probe_timeouts >= before + 4)
         await apart(moved.lab.heal)
         await probe
         assert connection.status().close_reason is None
 
-    moved.run(test, keepalive=0.0, path_timeout=2.0)
+    moved.run(test, keepalive=0.0)
 
 
 def test_a_path_that_is_gone_is_noticed(moved: Moved) -> None:
@@ -252,13 +270,11 @@ def test_a_path_that_is_gone_is_noticed(moved: Moved) -> None:
         ending = asyncio.create_task(why_it_ended(connection))
 
         async def gone() -> None:
-            loop = asyncio.get_running_loop()
+            gives_up_after(connection, 1.0)
             await apart(moved.lab.drop_udp, PORT)
-            began = loop.time()
             error = await ending
-            assert loop.time() - began < 10
             assert isinstance(error, PathLost)
-            assert "has not answered for 1 s" in error.what
+            assert 1 <= silence_in(error) < 40  # far from the other timeouts, however slow this machine is
             assert "UDP is blocked" in error.fix
             await apart(moved.lab.heal)
 
@@ -266,15 +282,15 @@ def test_a_path_that_is_gone_is_noticed(moved: Moved) -> None:
         assert moved.served.seen == set(range(moved.sent))
         assert client.status.connects == 2
 
-    moved.run(test, path_timeout=1.0, keepalive=1.0)
+    moved.run(test, keepalive=1.0)
 
 
 def test_the_broker_notices_that_a_client_is_gone(moved: Moved) -> None:
     async def main() -> None:
-        connection = await moved.recipe(idle_timeout=1.0, path_timeout=0.0, keepalive=0.0).connect()
-        assert moved.served.status().connections == 1
+        connection = await moved.recipe(idle_timeout=4.0, path_timeout=0.0, keepalive=0.0).connect()
+        assert moved.served.status().accepted == 1
         await apart(moved.lab.drop_udp, PORT)
-        await until(lambda: moved.served.status().connections == 0, seconds=10)
+        await until(lambda: moved.served.status().connections == 0)
         assert "idle timeout" in (await connection.wait_closed()).text
 
     moved.run_alone(main())
@@ -287,7 +303,7 @@ def test_refusals_end_a_connection_that_had_worked(moved: Moved) -> None:
 
         async def refused() -> None:
             await apart(moved.lab.reject_udp, PORT)
-            async with asyncio.timeout(8):
+            async with asyncio.timeout(40):
                 error = await ending
             assert "nothing listens any more" in error.what
             assert not isinstance(error, PathLost)  # the next attempt hears it at once
@@ -308,6 +324,7 @@ def test_what_the_system_says_of_a_lost_path(moved: Moved) -> None:
         ending = asyncio.create_task(why_it_ended(connection))
 
         async def prohibited() -> None:
+            gives_up_after(connection, 2.0)
             await apart(moved.lab._rule, f"udp dport {PORT} reject with icmp admin-prohibited")
             error = await ending
             assert isinstance(error, PathLost)
@@ -317,7 +334,7 @@ def test_what_the_system_says_of_a_lost_path(moved: Moved) -> None:
         await moved.publish(client, 4000, prohibited)
         assert moved.served.seen == set(range(moved.sent))
 
-    moved.run(test, path_timeout=2.0, keepalive=1.0)
+    moved.run(test, keepalive=1.0)
 
 
 def test_a_client_that_only_listens_leaves_a_dead_path(moved: Moved) -> None:
@@ -335,7 +352,7 @@ def test_a_client_that_only_listens_leaves_a_dead_path(moved: Moved) -> None:
             await apart(moved.lab.drop_udp, PORT)
             await connection.wait_closed()
             silence = loop.time() - connection.status().last_received
-            assert 1.9 <= silence < 20
+            assert 1.9 <= silence < 50
             await apart(moved.lab.heal)
             await until(lambda: client.status.connects == 2)
 
@@ -379,8 +396,9 @@ def test_a_path_that_becomes_narrower(certificates: Certificates, lab: Lab, tmp_
             assert status is not None and status.path_mtu == 1200
             async with client.subscribe([f"{TOPIC}/big"]) as reader:
                 reading = asyncio.create_task(reader.read())
-                await asyncio.wait([reading], timeout=0.1)
-                await client.publish([Message(f"{TOPIC}/big", b"%-*d" % (300_000, -2), qos=1)])
+                while not reading.done():  # until it is subscribed
+                    await client.publish([Message(f"{TOPIC}/big", b"%-*d" % (300_000, -2), qos=1)])
+                    await asyncio.wait([reading], timeout=0.1)
                 delivery = await reading
                 assert len(delivery.batch.messages[0].payload) == 300_000
                 await delivery.ack()
@@ -404,14 +422,16 @@ def test_larger_datagrams_than_the_path_takes(certificates: Certificates, lab: L
 
 def test_a_path_that_becomes_too_narrow_for_quic(moved: Moved) -> None:
     async def test(client: Client, dialer: Keeping) -> None:
-        ending = asyncio.create_task(why_it_ended(dialer.connections[0]))
+        (connection,) = dialer.connections
+        ending = asyncio.create_task(why_it_ended(connection))
+        gives_up_after(connection, 1.0)
         await apart(moved.lab.mtu, 1100)
         while not ending.done():
             await client.publish([Message(TOPIC, b"%-*d" % (5000, -2))])
             await asyncio.wait([ending], timeout=0.01)
         error = await ending
         assert isinstance(error, PathLost)
-        assert "has not answered for 1 s" in error.what
+        assert 1 <= silence_in(error) < 40
         assert "packets of 1228 bytes, and this one takes 1100" in error.what
 
-    moved.run(test, path_timeout=1.0, keepalive=1.0)
+    moved.run(test, keepalive=1.0)

@@ -258,7 +258,7 @@ def test_paho(certificates: Certificates, version: int, secure: bool) -> None:
         options: dict[str, Any] = {"ca": str(certificates.ca_file)} if secure else {}
         port = urlsplit(url).port
         assert port
-        one = Paho(port, version, path="/mqtt", keepalive=1, **options)
+        one = Paho(port, version, path="/mqtt", **options)
         answered = threading.Event()
         one.client.on_log = lambda *said: answered.set() if "PINGRESP" in said[3] else None
         one.client.on_disconnect = lambda *said: ended.put(said[3])
@@ -270,6 +270,7 @@ def test_paho(certificates: Certificates, version: int, secure: bool) -> None:
         big = bytes(range(250)) * 4000
         one.publish("paho/big", [big], 1)
         assert one.take(1)[0].payload == big
+        one.client._send_pingreq()
         assert answered.wait(20), "its keepalive was not answered"
         return one
 

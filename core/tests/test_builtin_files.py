@@ -9,6 +9,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
@@ -276,6 +277,40 @@ def test_fsync_policies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, policy:
 
     within_30_s(main)
     assert bool(synced) == (policy != "never")
+
+
+def test_a_sync_that_is_under_way_at_the_end_is_made_sure_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread may come too late, when the file is closed."""
+    begun, go, calls = threading.Event(), threading.Event(), 0
+
+    class Late(Disk):
+        def fsync(self, file: int) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == 1:
+                begun.set()
+                go.wait(60)
+            else:
+                os.fsync(file)
+                go.set()
+
+    monkeypatch.setattr(sink_module, "os", Late(1 << 30))
+    path = tmp_path / "out.jsonl"
+
+    async def main() -> None:
+        try:
+            async with JsonlSink(
+                path=path, fsync="interval", fsync_interval=Duration(0.001)
+            ).open() as writer:
+                await writer.write([record(1)])
+                assert await asyncio.to_thread(begun.wait, 20)
+            assert calls == 2
+        finally:
+            go.set()
+
+    within_30_s(main)
 
 
 def test_a_missing_folder_is_explained(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import attrs
 import pytest
 
 from tesaiot_connect.backoff import Backoff
-from tesaiot_connect.builtin import JsonSerializer, MemorySink, MqttSink, MqttSource
+from tesaiot_connect.builtin import JsonSerializer, MemorySink, MqttSink, MqttSource, mqtt as mqtt_module
 from tesaiot_connect.client import Client, ClientOptions, MqttConnection
 from tesaiot_connect.errors import Disconnected
 from tesaiot_connect.message import Batch, Message, Properties, Record
@@ -245,32 +245,63 @@ def test_qos_and_retain_can_be_set() -> None:
     within_60_s(main)
 
 
-def test_once_ends_when_nothing_comes_for_a_while() -> None:
+class Waits:
+    """`asyncio` for the source, whose waits are over when the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.seconds: list[float] = []
+        self._begun: list[asyncio.Timeout] = []
+        monkeypatch.setattr(mqtt_module, "asyncio", self)
+
+    def timeout(self, seconds: float) -> asyncio.Timeout:
+        self.seconds.append(seconds)
+        self._begun.append(asyncio.timeout(None))
+        return self._begun[-1]
+
+    def end(self) -> None:
+        self._begun[-1].reschedule(0)
+
+
+def test_once_ends_when_nothing_comes_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
         async with broker() as network:
             async with client(network, "writer") as writer:
                 await writer.publish([Message("t/kept", b"7", 1, retain=True)])
-            sink = MemorySink()
-            summary = await run([pipeline(source(network, idle_timeout=Duration(0.3)), sink)], once=True)
+            sink, waits = MemorySink(), Waits(monkeypatch)
+            spec = source(network, idle_timeout=Duration(0.3))
+            task = asyncio.create_task(run([pipeline(spec, sink)], once=True))
+            await until(lambda: (values(sink) == [7] and len(waits.seconds) == 2) or task.done())
+            assert not task.done()
+            waits.end()
+            assert not (await task).stopped
             assert values(sink) == [7]
-            assert not summary.stopped
+            assert waits.seconds == [0.3, 0.3]
             assert source(network).recipe.once().idle_timeout == 3.0  # type: ignore[attr-defined]
 
     within_60_s(main)
 
 
-def test_time_without_a_connection_is_not_time_without_messages() -> None:
+def test_time_without_a_connection_is_not_time_without_messages(monkeypatch: pytest.MonkeyPatch) -> None:
     async def main() -> None:
-        network, sink = Network(), MemorySink()
-        spec = source(network, idle_timeout=Duration(1))
+        network, sink, waits = Network(), MemorySink(), Waits(monkeypatch)
+        reading = connection(network, "reader")
+        recipe = MqttSource(connection=reading, subscribe=("t/#",), idle_timeout=Duration(1))
+        spec = SourceSpec(name="in", recipe=recipe, serializer=JsonSerializer())
         async with Broker().serving([ListenerSpec("pair", network.transport())]):
             async with client(network, "writer") as writer:
                 await writer.publish([Message("t/kept", b"7", 1, retain=True)])
             task = asyncio.create_task(run([pipeline(spec, sink)]))
-            await until(lambda: values(sink) == [7] or task.done())
-        done, _ = await asyncio.wait({task}, timeout=1.5)  # more than idle_timeout
-        assert not done
+            await until(lambda: (values(sink) == [7] and len(waits.seconds) == 2) or task.done())
+        (reader,) = reading.clients()
+        await until(lambda: reader.status.state != "connected" or task.done())
+        waits.end()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert not task.done()
         async with Broker().serving([ListenerSpec("pair", network.transport())]):
+            await until(lambda: len(waits.seconds) == 3 or task.done())
+            assert not task.done()
+            waits.end()
             await task
 
     within_60_s(main)

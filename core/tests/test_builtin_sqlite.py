@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sqlite3
+import threading
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import closing
 from datetime import UTC, datetime
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tesaiot_connect.builtin import SqliteSink
+from tesaiot_connect.builtin import SqliteSink, sqlite as sqlite_module
 from tesaiot_connect.errors import ConnectorError, PartialDelivery, PayloadError
 from tesaiot_connect.message import Message, Record, Route
 from tesaiot_connect.protocols import Duration, Sink
@@ -266,9 +267,38 @@ def test_another_writer_makes_it_wait_or_fail_and_teaches(tmp_path: Path) -> Non
     assert [row["a"] for row in rows(path)] == [1, 3]
 
 
+def test_an_open_that_is_cancelled_leaves_no_connection_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, go, closed = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(sqlite_module._Table):
+        def __init__(self, recipe: SqliteSink) -> None:
+            entered.set()
+            assert go.wait(60)
+            super().__init__(recipe)
+
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    monkeypatch.setattr(sqlite_module, "_Table", Slow)
+
+    async def main() -> None:
+        opening = asyncio.create_task(SqliteSink(path=tmp_path / "x.db").open().__aenter__())
+        assert await asyncio.to_thread(entered.wait, 60)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+        go.set()
+        assert await asyncio.to_thread(closed.wait, 20)
+
+    asyncio.run(main())
+
+
 def test_two_sinks_widen_one_table_together(tmp_path: Path) -> None:
     path = tmp_path / "x.db"
-    sink = SqliteSink(path=path)
+    sink = SqliteSink(path=path, busy_timeout=Duration(60))
 
     async def main() -> None:
         async with sink.open() as one, sink.open() as two:

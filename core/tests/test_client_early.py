@@ -31,7 +31,7 @@ FOREVER = Backoff(min=Duration(1000), max=Duration(1000))
 
 def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
     async def bounded() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(100):
             await main()
         await asyncio.sleep(0)
         left = asyncio.all_tasks() - {asyncio.current_task()}
@@ -441,7 +441,7 @@ def test_nothing_is_lost_over_connections_that_break_right_away(multistream: boo
             client(Negotiator([network.transport()]), client_id="reader") as subscriber,
             subscriber.subscribe([Subscription("t", 1)]) as reader,
         ):
-            await subscriber.connected()
+            await reader.grant()
             async with client(
                 Negotiator([network.transport()]), client_id="w", early_publish=True, streams=streams
             ) as one:

@@ -12,13 +12,24 @@ import pytest
 from many_streams import run, until
 from stairs import NEVER, Login, Stairs, client, scripts, two_listeners
 
-from tesaiot_connect.client import WillOptions, connection, moving
+from tesaiot_connect.client import WillOptions, connection, driver, moving
 from tesaiot_connect.errors import Disconnected
 from tesaiot_connect.message import Message
 from tesaiot_connect.mqtt.events import Closed, ConnectRequest
 from tesaiot_connect.mqtt.packets import Subscription
 from tesaiot_connect.mqtt.session import Session
 from tesaiot_connect.testing import Network
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A broker and a reader are waited for, however long they take: the tests that want an end of that set
+    one."""
+    monkeypatch.setattr(moving, "_ANSWERS", 1000.0)
+    monkeypatch.setattr(moving, "_SETTLING", 1000.0)
+    monkeypatch.setattr(connection, "_FLUSH", 1000.0)
+    monkeypatch.setattr(driver, "_LEAVE", 1000.0)
+    monkeypatch.setattr(driver, "_PARTING", 1000.0)
 
 
 class Slow(Login):

@@ -67,7 +67,7 @@ async def client(auth: Rotating) -> AsyncIterator[Client]:
     assert isinstance(auth, RotatingAuth)
     network = Network()
     async with (
-        asyncio.timeout(30),
+        asyncio.timeout(100),
         Broker().serving([ListenerSpec("pair", network.transport(), Doorman())]),
         Client(Negotiator([network.transport()]), ClientOptions(reconnect=SLOW), auth=auth, name="c") as one,
     ):

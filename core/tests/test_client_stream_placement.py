@@ -186,7 +186,9 @@ def test_settling_what_a_stream_brought_after_its_end_does_no_harm() -> None:
             old = await reader.read()
             [channel] = data_streams(one).values()
             channel.stream.abort()
-            await until(lambda: list(data_streams(one)) == [2] and server.stats.subscriptions == 1)
+            await until(lambda: list(data_streams(one)) == [2])
+            await until(lambda: all(inbox.subscribed for inbox in one._switchboard.inboxes))
+            assert server.stats.subscriptions == 1
             await old.ack()
             await server.publish([Message("alarms/1", b"c", 2)])
             await collect(reader, {b"c"})
@@ -207,7 +209,9 @@ def test_a_nack_reconnects() -> None:
             await until(lambda: server.stats.subscriptions == 1)
             await server.publish([Message("alarms/1", b"a", 1)])
             await (await reader.read()).nack(RuntimeError("the sink is full"))
-            await until(lambda: one.status.connects == 2 and server.stats.subscriptions == 1)
+            await until(lambda: one.status.connects == 2)
+            await until(lambda: all(inbox.subscribed for inbox in one._switchboard.inboxes))
+            assert server.stats.subscriptions == 1
             await server.publish([Message("alarms/1", b"b", 1)])
             await collect(reader, {b"b"})
 
@@ -227,12 +231,13 @@ def test_a_reader_that_lags_stops_all_streams() -> None:
             await until(lambda: server.stats.subscriptions == 2)
             sent = [Message(("alarms/1", "other")[n % 2], b"%d" % n + b"x" * 100, 1) for n in range(5000)]
             await server.publish(sent)
+            assert one._live is not None
+            live, engine = one._live, one._live.engine
+            await until(lambda: live._waiting == 2)
             for _ in range(500):
                 await asyncio.sleep(0)
             held = one.status.received
             assert held < 1000, "it read on although nobody took what it had"
-            assert one._live is not None
-            engine = one._live.engine
             assert engine._paused is not None, "that the broker is silent then proves nothing"
             halves = [{m.payload for m in sent[first::2]} for first in (0, 1)]
             await asyncio.gather(collect(reader, halves[0]), collect(other, halves[1]))

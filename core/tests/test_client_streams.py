@@ -22,7 +22,7 @@ from many_streams import (
     until,
 )
 
-from tesaiot_connect.client import StreamRule, connection as live_room, streams as streams_room
+from tesaiot_connect.client import StreamRule, connection as live_room, driver, streams as streams_room
 from tesaiot_connect.errors import Disconnected, PartialDelivery, Unsupported
 from tesaiot_connect.message import Message
 from tesaiot_connect.server import BrokerOptions
@@ -203,7 +203,12 @@ def test_a_message_that_is_none_fails_its_call_alone() -> None:
     run(main)
 
 
-def test_what_was_written_at_qos_0_has_arrived_when_the_client_leaves() -> None:
+def test_what_was_written_at_qos_0_has_arrived_when_the_client_leaves(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(live_room, "_FLUSH", 1000.0)
+    monkeypatch.setattr(driver, "_LEAVE", 1000.0)
+
     async def main() -> None:
         network = Network(buffer=1024, multistream=True)
         async with broker(network) as server, listening(network) as reader:

@@ -12,7 +12,7 @@ from many_streams import FAST, run, until
 from stairs import NEVER, Stairs, client, scripts, two_listeners
 from versions import REFUSALS, Speaks, refuse
 
-from tesaiot_connect.client import Client, ClientOptions, MqttConnection
+from tesaiot_connect.client import Client, ClientOptions, MqttConnection, moving
 from tesaiot_connect.diagnosis import Plan, diagnose
 from tesaiot_connect.errors import Refused
 from tesaiot_connect.message import Message
@@ -256,8 +256,9 @@ async def collect(reader: Any, wanted: int, got: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize("way", ["breaks", "moves"])
-def test_a_stream_of_messages_goes_on_in_the_other_version(way: str) -> None:
+def test_a_stream_of_messages_goes_on_in_the_other_version(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways at once, QoS 1 and 2; what is of QoS 2 comes once."""
+    monkeypatch.setattr(moving, "_SETTLING", 1000.0)
     count = 3000
 
     async def main() -> None:

@@ -267,7 +267,11 @@ def test_cancelled_after_any_number_of_turns_it_leaves_nothing_behind(world: Wor
         assert False in cancelled
 
 
-def test_cancelled_again_while_losers_end_it_still_waits_for_them(world: World) -> None:
+def test_cancelled_again_while_losers_end_it_still_waits_for_them(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "PATIENCE", 1000.0)
+
     async def main() -> None:
         a, b = Endpoint("a", "slow to go"), Endpoint("b", "late")
         dialing = asyncio.create_task(world.dialer(a, b, race_delay=AT_ONCE).dial())
@@ -284,7 +288,11 @@ def test_cancelled_again_while_losers_end_it_still_waits_for_them(world: World) 
     run(main())
 
 
-def test_the_winner_is_given_out_when_the_losers_have_gone(world: World) -> None:
+def test_the_winner_is_given_out_when_the_losers_have_gone(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(race, "PATIENCE", 1000.0)
+
     async def main() -> None:
         a, b = Endpoint("a", "slow to go"), Endpoint("b")
         dialing = asyncio.create_task(world.dialer(a, b, race_delay=AT_ONCE).dial())

@@ -12,16 +12,18 @@ import textwrap
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 
+from tesaiot_connect import runner as runner_module, signals as signals_module
 from tesaiot_connect.builtin import GeneratorSource, JsonlSource, JsonSerializer, MemorySink
 from tesaiot_connect.errors import ConnectorError
 from tesaiot_connect.pipeline import PipelineSpec, PipelineStats, SinkSpec, SourceSpec
 from tesaiot_connect.runner import run, run_blocking
-from tesaiot_connect.signals import stopping_on_signals
+from tesaiot_connect.signals import SecondSignal, stopping_on_signals
 
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="signals between processes are POSIX")
 
@@ -134,7 +136,17 @@ def test_a_signal_drains(tmp_path: Path, number: int, options: tuple[str, ...]) 
 
 @POSIX
 @pytest.mark.parametrize("portable", [False, True])
-def test_a_second_signal_stops_at_once(portable: bool) -> None:
+def test_a_second_signal_stops_at_once(portable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[bool] = []
+    counts = SecondSignal.counts
+
+    def watched(signals: SecondSignal, number: int) -> bool:
+        counted.append(counts(signals, number))
+        return counted[-1]
+
+    monkeypatch.setattr(signals_module, "_TWICE", 3600.0)
+    monkeypatch.setattr(SecondSignal, "counts", watched)
+
     async def main() -> None:
         stop = asyncio.Event()
 
@@ -150,11 +162,15 @@ def test_a_second_signal_stops_at_once(portable: bool) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         await stop.wait()
         os.kill(os.getpid(), signal.SIGTERM)  # as timeout(1) does: it counts once
-        await asyncio.sleep(0.05)
+        while not counted:
+            await asyncio.sleep(0.001)
+        for _ in range(10):
+            await asyncio.sleep(0)
         assert not task.done()
         os.kill(os.getpid(), signal.SIGINT)
         await asyncio.wait((task,))
         assert task.cancelled()
+        assert counted == [False, True]
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
     asyncio.run(asyncio.wait_for(main(), 30))
@@ -210,10 +226,32 @@ class Stuck:
         raise ConnectorError("still full")
 
 
-def test_figures_go_on_during_a_drain_that_comes_to_its_limit() -> None:
+def test_a_signal_counts_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(signals_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    signals = SecondSignal()
+    signals.first(signal.SIGTERM)
+    now[0] += 0.25
+    assert not signals.counts(signal.SIGTERM)
+    assert signals.counts(signal.SIGINT)
+    now[0] += 0.01
+    assert signals.counts(signal.SIGTERM)
+
+
+def test_figures_go_on_during_a_drain_that_comes_to_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, after = 0.0, 0
+
+    def clock() -> float:
+        """Its hours pass when the figures were told often enough."""
+        nonlocal now
+        now += 3600.0 if after > 2 else 0.001
+        return now
+
+    monkeypatch.setattr(runner_module, "time", SimpleNamespace(monotonic=clock))
+
     async def main() -> None:
+        nonlocal after
         stop = asyncio.Event()
-        after = 0
 
         def on_stats(stats: Sequence[PipelineStats]) -> None:
             nonlocal after
@@ -226,10 +264,10 @@ def test_figures_go_on_during_a_drain_that_comes_to_its_limit() -> None:
             stop=stop,
             on_stats=on_stats,
             stats_interval=0.01,
-            drain_timeout=1.0,
+            drain_timeout=1000.0,
         )
         assert not summary.drained
-        assert after > 1  # the last call is the one at the end
+        assert after == 4  # the last call is the one at the end
 
     asyncio.run(asyncio.wait_for(main(), 30))
 

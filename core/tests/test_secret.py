@@ -6,8 +6,10 @@ import asyncio
 import json
 import logging
 import os
+import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import attrs
 import pytest
 
+from tesaiot_connect import secret as secret_module
 from tesaiot_connect.config.document import Document
 from tesaiot_connect.config.schema import value as schema_of
 from tesaiot_connect.config.structure import converter, structure
@@ -35,8 +38,8 @@ def read(secret: Any, key: str = "") -> str:
     return asyncio.run(read_secret(secret, key))
 
 
-def python(code: str, **options: Any) -> SecretFrom:
-    return SecretFrom(command=(sys.executable, "-c", code), **options)
+def python(code: str) -> SecretFrom:
+    return SecretFrom(command=(sys.executable, "-c", code), timeout=Duration(60))
 
 
 def refused(secret: SecretFrom, key: str = "") -> str:
@@ -153,7 +156,8 @@ def test_a_command() -> None:
 def test_a_command_runs_without_a_shell(tmp_path: Path) -> None:
     argument = f"$HOME; touch {tmp_path / 'made'}"
     code = "import sys; print(sys.argv[1])"
-    assert read(SecretFrom(command=(sys.executable, "-c", code, argument))) == argument
+    command = (sys.executable, "-c", code, argument)
+    assert read(SecretFrom(command=command, timeout=Duration(60))) == argument
     assert not list(tmp_path.iterdir())
 
 
@@ -201,11 +205,23 @@ FAMILY = ("sh", "-c", 'sleep 600 & echo $! >"$0"; wait')
 
 
 @needs_proc
-def test_a_command_that_hangs_is_ended_with_all_it_started(tmp_path: Path) -> None:
+def test_a_command_that_hangs_is_ended_with_all_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = tmp_path / "pid"
+    start = secret_module._start
+
+    def started(command: tuple[str, ...]) -> subprocess.Popen[bytes]:
+        """Its time begins when there is a family."""
+        process = start(command)
+        while not told.exists() or not told.read_text():
+            time.sleep(0.01)
+        return process
+
+    monkeypatch.setattr(secret_module, "_start", started)
     command = (*FAMILY, str(told))
-    with pytest.raises(ConnectorError, match=r"did not end within 3 s and was stopped"):
-        read(SecretFrom(command=command, timeout=Duration(3)))
+    with pytest.raises(ConnectorError, match=r"did not end within 0\.1 s and was stopped"):
+        read(SecretFrom(command=command, timeout=Duration(0.1)))
     asyncio.run(until_gone(int(told.read_text())))
 
 

@@ -240,6 +240,21 @@ def test_what_cannot_be_written_at_all_is_told_and_ends_nothing(tmp_path: Path) 
     asyncio.run(main())
 
 
+def test_a_timer_that_comes_when_all_is_written_keeps_nobody_waiting(tmp_path: Path) -> None:
+    async def main() -> None:
+        store, _ = await opened(tmp_path / "state.db")
+        store.put(1, "c", None, None, MESSAGE)
+        await store.commit()
+        assert store._timer is not None
+        store._timer.cancel()
+        store._due()  # as the timer does a while later
+        async with asyncio.timeout(20):
+            await store.commit()
+        await store.aclose()
+
+    asyncio.run(main())
+
+
 def test_a_callback_that_fails_takes_no_other_along(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         store, _ = await opened(tmp_path / "state.db")

@@ -25,6 +25,7 @@ from tesaiot_connect.protocols import (
     ByteStream,
     Challenge,
     Credentials,
+    Duration,
     ListenerStatus,
     Peer,
     Principal,
@@ -201,7 +202,7 @@ def test_before_authentication_other_streams_are_not_read_and_afterwards_their_o
         assert numbers == list(range(count))
         await sending
 
-    run(test, authenticator=slow)
+    run(test, authenticator=slow, connect_timeout=Duration(600))
 
 
 def test_a_stranger_opens_no_more_streams_than_a_client() -> None:
@@ -219,7 +220,7 @@ def test_a_stranger_opens_no_more_streams_than_a_client() -> None:
             assert await reset(stream) == b""
         assert len(rig.client._streams) <= 20
 
-    run(test, authenticator=slow)
+    run(test, authenticator=slow, connect_timeout=Duration(600))
 
 
 def test_more_streams_than_allowed_are_reset_and_one_that_ends_makes_room() -> None:

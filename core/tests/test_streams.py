@@ -252,7 +252,7 @@ def test_aclose_delivers_although_unread_bytes_wait(run: Run) -> None:
             theirs, _ = server.accept()
             theirs.setblocking(False)
             loop = asyncio.get_running_loop()
-            _, stream = await loop.create_connection(AsyncioStream, sock=client)
+            _, stream = await loop.create_connection(lambda: AsyncioStream(close_timeout=1000), sock=client)
             theirs.send(b"unread" * 1000)
             await until(lambda: stream.bytes_received > 0)
             theirs.send(b"unread" * 1000)

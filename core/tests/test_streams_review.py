@@ -13,7 +13,7 @@ import pytest
 from many_streams import FAST, RULES, broker, client as plain, data_streams, run, until
 
 from tesaiot_connect.backoff import Backoff
-from tesaiot_connect.client import Client, ClientOptions
+from tesaiot_connect.client import Client, ClientOptions, driver
 from tesaiot_connect.mqtt import codec
 from tesaiot_connect.mqtt.packets import Connack, Subscription
 from tesaiot_connect.mqtt.reasons import R
@@ -117,8 +117,11 @@ def test_a_subscription_whose_stream_never_lasts_goes_to_the_control_stream() ->
     run(main)
 
 
-def test_a_takeover_gets_one_reconnect_and_not_a_fight(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_takeover_gets_one_reconnect_and_not_a_fight(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once may be a CONNECT of our own that came late, or one that somebody replayed."""
+    monkeypatch.setattr(driver, "_STABLE", 1000.0)
     caplog.set_level(logging.INFO)
 
     async def main() -> None:

@@ -373,6 +373,30 @@ def test_what_breaks_a_rule_is_caught(name: str, number: int) -> None:
     assert CHECKS[name].rule in str(caught.value)
 
 
+def test_a_task_that_ends_after_a_standstill_is_not_left_running() -> None:
+    class Loop(asyncio.SelectorEventLoop):
+        stood = 0.0
+
+        def time(self) -> float:
+            return super().time() + self.stood
+
+    kept: list[Any] = []
+
+    async def body(_: Any) -> None:
+        loop: Any = asyncio.get_running_loop()
+
+        async def ends() -> None:
+            loop.stood += 5.0
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+        kept.append(asyncio.create_task(ends()))
+
+    check = TransportCheck("late", "what it began ends.", body)
+    check(listen=None, connect=Network().transport, loop_factory=Loop)
+    assert kept[0].done()
+
+
 def test_check_transport_tells_everything_at_once() -> None:
     listen, connect = bent(counts_nothing)
     with pytest.raises(ContractBroken) as caught:

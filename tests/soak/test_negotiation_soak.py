@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from negotiated_ways import LongLab, Trip, World, inside, trip
-from negotiation_scenarios import ALL, SCENARIOS, WATCHFUL, cut, drop, narrow, reject, scheme, travel
+from negotiation_scenarios import ALL, SCENARIOS, cut, drop, narrow, reject, scheme, travel
 from netlab import Lab
 from relay import require_relay
 
@@ -62,7 +62,8 @@ def test_a_storm(seed: int, certificates: Certificates, tmp_path: Path) -> None:
     with LongLab(0.025) as lab, World(lab, tmp_path, certificates) as world:
 
         async def main() -> None:
-            dialer = world.dialer(tmp_path, ALL, timeout=2.0, penalty=Duration(0.2), quic=WATCHFUL, tcp=tcp)
+            watchful = {"path_timeout": 1.0, "keepalive": 1.0}
+            dialer = world.dialer(tmp_path, ALL, timeout=2.0, penalty=Duration(0.2), quic=watchful, tcp=tcp)
             async with trip(world, dialer, connect_timeout=2.0) as made:
                 for _ in range(EVENTS):
                     await event(made, lab)

@@ -133,4 +133,4 @@ async def main(low: str, high: str, first: str, moment: str, who: str) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(asyncio.wait_for(main(*sys.argv[1:]), 30))
+    asyncio.run(asyncio.wait_for(main(*sys.argv[1:]), 90))

@@ -33,7 +33,7 @@ def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
 
     async def bounded() -> None:
         asyncio.get_running_loop().set_exception_handler(lambda _, context: unheard.append(context))
-        async with asyncio.timeout(15):
+        async with asyncio.timeout(60):
             await main()
         await asyncio.sleep(0)
         left = asyncio.all_tasks() - {asyncio.current_task()}

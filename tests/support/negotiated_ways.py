@@ -25,6 +25,7 @@ from typing import Any
 
 import relay
 from netlab import Lab
+from quic_peers import gives_up_after
 from real_brokers import until_listening
 
 from tesaiot_connect import (
@@ -101,8 +102,7 @@ class LongLab(Lab):
         command = [str(relay.build()), f"--delay-us={round(self._delay * 1e6)}"]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         process = self.run("rt", [*command, self.name("rt"), self.name("sv")], **pipes)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "READY\n"
+        assert relay.ready(process)
         for side, name, address in (("rt", "rs", "10.99.2.1/24"), ("sv", "s0", "10.99.2.2/24")):
             self.sysctl(side, "net.ipv6.conf.wan0.disable_ipv6", "1")
             self.ip(side, "link", "set", "wan0", "name", name)
@@ -155,7 +155,8 @@ class World:
         self._stop = asyncio.Event()
         self._ready = threading.Event()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
+        # where it does not end in time, a test fails; it must not keep the whole run from ending
+        self._thread = threading.Thread(target=self._run, daemon=True)
 
     def __enter__(self) -> World:
         with self._log.open("wb") as log:
@@ -164,9 +165,13 @@ class World:
         with self.lab.enter("sv"):
             until_listening(LOCAL, self._process, self._log)
         self._thread.start()
-        assert self._ready.wait(30)
-        if self._error is not None:
-            raise self._error
+        try:
+            assert self._ready.wait(60), self.log()
+            if self._error is not None:
+                raise self._error
+        except BaseException as broken:
+            self.__exit__(type(broken), broken, None)
+            raise
         return self
 
     def __exit__(
@@ -179,6 +184,7 @@ class World:
         self._process.wait(30)
         if error is None and self._error is not None:
             raise self._error
+        assert error is not None or not self._thread.is_alive(), "the subscriber's thread does not end"
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")
@@ -342,6 +348,13 @@ class Trip:
         """Until it is connected by that, and messages go."""
         await self.until(lambda: self.way == way)
         await self.more(20)
+
+    def watch(self, seconds: float = 1.0) -> None:
+        """From here on silence of that length ends its QUIC connection. One that is good has more patience,
+        for a machine that stands still."""
+        live = self.client._live
+        assert live is not None
+        gives_up_after(live.connection, seconds)
 
     async def more(self, count: int = 60) -> None:
         """Until so many more are acknowledged."""

@@ -23,7 +23,8 @@ SOON = Duration(0.1)
 DEFAULT = Duration(300.0)
 BACK = Duration(0.3)
 """A penalty for those who wait for its end."""
-WATCHFUL = {"path_timeout": 1.0, "keepalive": 1.0}
+WATCHFUL = {"path_timeout": 60.0, "keepalive": 1.0}
+"""Until the course of a scenario says `watch`."""
 
 
 def drop(lab: Lab) -> None:
@@ -55,11 +56,13 @@ def silent_names(lab: Lab) -> None:
 
 async def udp_dropped(trip: Trip) -> None:
     await trip.change(drop, trip.lab)
+    trip.watch()
     await trip.by("mqtts")
 
 
 async def udp_rejected(trip: Trip) -> None:
     await trip.change(reject, trip.lab)
+    trip.watch()
     await trip.by("mqtts")
 
 
@@ -77,12 +80,14 @@ async def udp_dropped_and_back(trip: Trip) -> None:
 async def narrower(trip: Trip) -> None:
     await trip.change(narrow, trip.lab)
     await trip.more()  # small ones pass
+    trip.watch()
     trip.size = 2000
     await trip.by("mqtts")
 
 
 async def all_dead_and_back(trip: Trip) -> None:
     await trip.change(cut, trip.lab)
+    trip.watch()
     await trip.until(lambda: trip.way == "" and all(one.outcome == "failed" for one in trip.status.attempts))
     await trip.change(trip.lab.heal)
     await trip.by("quic")
@@ -218,7 +223,7 @@ SCENARIOS = (
         "a proxy that stalls behind the TLS handshake",
         *("wss", "won"),  # the second dial, once nobody has answered the CONNECT of the first
         ways=("mqtts that falls silent", "wss"),
-        client={"connect_timeout": 1.0},
+        client={"connect_timeout": 3.0},
     ),
     Scenario(
         "TLS of another authority",

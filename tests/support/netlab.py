@@ -32,7 +32,13 @@ _numbers = itertools.count(1)
 def call(*command: str, text: str = "") -> str:
     """Runs a command of the network set-up; what it printed, or AssertionError with what it complained of."""
     done = subprocess.run(
-        command, input=text, capture_output=True, text=True, check=False, env={**os.environ, "PATH": _PATH}
+        command,
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "PATH": _PATH},
     )
     assert done.returncode == 0, f"{' '.join(command)} {text}: {done.stderr.strip()}"
     return done.stdout

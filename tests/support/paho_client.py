@@ -23,7 +23,6 @@ class Paho:
         keep: bool = False,
         ca: str = "",
         path: str = "",
-        keepalive: int = 60,
     ) -> None:
         """A `path` means over WebSocket."""
         options: dict[str, Any] = {} if version == paho.MQTTv5 else {"clean_session": not keep}
@@ -43,7 +42,7 @@ class Paho:
         self.client.on_subscribe = lambda *_: self._subscribed.set()
         if ca:
             self.client.tls_set(ca)
-        connecting: dict[str, Any] = {"keepalive": keepalive}
+        connecting: dict[str, Any] = {}
         if version == paho.MQTTv5:
             properties = Properties(PacketTypes.CONNECT)
             properties.SessionExpiryInterval = 300 if keep else 0

@@ -82,7 +82,7 @@ class Bridge:
         with self._changed:
             return list(self._events)
 
-    def wait(self, event: str, count: int = 1, seconds: float = 20.0, **values: object) -> Event:
+    def wait(self, event: str, count: int = 1, seconds: float = 60.0, **values: object) -> Event:
         """The `count`-th event of this name whose fields have these values, once it has come."""
         deadline = time.monotonic() + seconds
         with self._changed:
@@ -120,7 +120,7 @@ class Bridge:
         """Ends it, unless that has happened, and checks that it ended well."""
         if self.process.returncode is None:
             try:
-                stop(self.process)
+                stop(self.process, 60.0)
             finally:
                 self._join()
             assert self.process.returncode == 0, self._errors.decode()

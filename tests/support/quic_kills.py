@@ -90,11 +90,11 @@ class _Run:
     def start_broker(self) -> None:
         with self.log.open("ab") as log:
             self._broker = subprocess.Popen([TOOL, "serve", self._config], stdout=log, stderr=log)
-        until_listening(self.tcp, self._broker, self.log)
+        until_listening(self.tcp, self._broker, self.log, 60.0)
 
     def stop_broker(self) -> None:
         if self._broker is not None:
-            assert stop(self._broker) == 0
+            assert stop(self._broker, 60.0) == 0
 
     async def start_writer(self) -> None:
         url, tickets = f"quic://127.0.0.1:{self._quic}", str(self._folder / "tickets")

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from netlab import Lab
 
@@ -38,6 +38,7 @@ from tesaiot_connect import (
 )
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_quic_aioquic import QuicAioquic
+from tesaiot_connect_quic_aioquic.connection import QuicConnection
 from tesaiot_connect_tcp_tls import TcpTls
 
 PORT = 14567
@@ -142,7 +143,7 @@ def serving(
     thread = threading.Thread(target=served._run, args=(side, transport, options or BrokerOptions()))
     thread.start()
     try:
-        assert served._ready.wait(30)
+        assert served._ready.wait(60)
         if served._error is None:
             yield served
     finally:
@@ -185,6 +186,12 @@ def messages(numbers: Sequence[int], size: int = 100) -> list[Message]:
     return [Message(f"{TOPIC}/{number % 8}", b"%-*d" % (size, number), qos=1) for number in numbers]
 
 
+def gives_up_after(connection: Connection, seconds: float) -> None:
+    """From here on this connection has that `path_timeout`: before it, and those after it, keep theirs."""
+    life = cast("QuicConnection", connection)._liveness
+    life._limit, life._early = seconds, min(life._early, seconds / 4)
+
+
 async def apart(change: Callable[..., object], *arguments: object) -> None:
     """The lab's changes run programs: the event loop does not wait for them."""
     await asyncio.to_thread(change, *arguments)
@@ -199,11 +206,14 @@ class Moved:
         self.sent = 0
 
     def run(self, test: Callable[[Client, Keeping], Awaitable[None]], **quic: Any) -> None:
-        """With a client that is connected."""
+        """With a client that is connected. Its patience is for a machine that stands still for seconds: what
+        must end a connection sooner says so itself."""
+        for name, seconds in (("connect_timeout", 30.0), ("path_timeout", 60.0), ("idle_timeout", 100.0)):
+            quic.setdefault(name, seconds)
 
         async def main() -> None:
             async with (
-                asyncio.timeout(100),
+                asyncio.timeout(200),
                 connected(self.served.url, self._certificates, self._folder, **quic) as (client, dialer),
             ):
                 await test(client, dialer)
@@ -215,6 +225,7 @@ class Moved:
             asyncio.run(main)
 
     def recipe(self, **quic: Any) -> QuicAioquic:
+        quic.setdefault("connect_timeout", 30.0)
         tls = TlsOptions(ca_file=self._certificates.ca_file)
         return QuicAioquic(Url.parse(self.served.url), tls=tls, ticket_folder=self._folder, **quic)
 

@@ -53,7 +53,7 @@ def free_udp_port() -> int:
     return free_port(socket.SOCK_DGRAM)
 
 
-def until_listening(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 20.0) -> None:
+def until_listening(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 60.0) -> None:
     """Returns once the port takes connections; raises with the log when the process ended instead."""
     deadline = time.monotonic() + seconds
     while True:
@@ -66,7 +66,7 @@ def until_listening(port: int, process: subprocess.Popen[bytes], log: Path, seco
         time.sleep(0.01)
 
 
-def stop(process: subprocess.Popen[bytes], seconds: float = 15.0) -> int:
+def stop(process: subprocess.Popen[bytes], seconds: float = 60.0) -> int:
     """SIGTERM, and SIGKILL if that is not enough; the exit code."""
     process.terminate()
     try:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,18 @@ def _obstacle() -> str:
     except OSError as error:
         return str(error)
     return ""
+
+
+def ready(process: subprocess.Popen[str]) -> bool:
+    """Whether the relay has said so; one that says nothing at all is killed."""
+    timer = threading.Timer(60, process.kill)
+    timer.start()
+    try:
+        assert process.stdout is not None
+        return process.stdout.readline() == "READY\n"
+    finally:
+        timer.cancel()
+        timer.join()
 
 
 class Wan(Spaces):
@@ -98,8 +111,8 @@ class Wan(Spaces):
             stderr=subprocess.PIPE,
             text=True,
         )
-        assert process.stdout is not None and process.stderr is not None
-        assert process.stdout.readline() == "READY\n", process.stderr.read()
+        assert process.stderr is not None
+        assert ready(process), process.stderr.read()
         for side, near, far in (("a", self.a, self.b), ("b", self.b, self.a)):
             # or the kernel's own neighbour discovery is counted
             self.sysctl(side, f"net.ipv6.conf.{_DEVICE}.disable_ipv6", "1")

@@ -87,7 +87,7 @@ def opened(*endpoints: Endpoint) -> list[Connection]:
     return [connection for endpoint in endpoints for connection in endpoint.open]
 
 
-async def until(true: Any, seconds: float = 30.0) -> None:
+async def until(true: Any, seconds: float = 100.0) -> None:
     async with asyncio.timeout(seconds):
         while not true():
             await asyncio.sleep(0.001)

@@ -23,7 +23,7 @@ from tesaiot_connect.protocols import ClientCertificate, Connection, Credentials
 from tesaiot_connect.server import Broker, BrokerOptions, ListenerSpec
 from tesaiot_connect.testing import Network, connected_pair
 
-NEVER = Backoff(min=Duration(1000), max=Duration(1000))
+NEVER = Backoff(min=Duration(1e6), max=Duration(1e6))
 
 
 class Stairs:
@@ -86,6 +86,7 @@ def client(
     dialer: Any, client_id: str = "mover", *, auth: Any = None, on_state: Any = None, **options: Any
 ) -> Client:
     options.setdefault("reconnect", FAST)
+    options.setdefault("connect_timeout", Duration(1000))
     return Client(dialer, ClientOptions(client_id=client_id, **options), auth=auth, on_state=on_state)
 
 

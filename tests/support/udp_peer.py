@@ -4,6 +4,7 @@ socket that fails on request."""
 from __future__ import annotations
 
 import asyncio
+import select
 import socket
 import sys
 from collections.abc import Callable, Coroutine
@@ -163,6 +164,13 @@ class Fussy:
     def sendmsg(self, buffers: Any, *rest: Any) -> int:
         self._answer(b"".join(buffers))
         return self._sock.sendmsg(buffers, *rest)
+
+
+def refused(sender: socket.socket) -> None:
+    """Returns once the refusal of what it sent has come; it is not taken from the socket."""
+    errors = select.poll()
+    errors.register(sender, 0)
+    assert errors.poll(20_000), "no refusal came"
 
 
 def mixed(count: int) -> list[bytes]:

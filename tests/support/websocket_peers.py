@@ -10,6 +10,7 @@ import os
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import attrs
 
@@ -89,14 +90,21 @@ async def read_close(reader: asyncio.StreamReader) -> tuple[int, str]:
 
 @asynccontextmanager
 async def server(serve: Serve, host: str = "127.0.0.1") -> AsyncIterator[int]:
-    """A TCP server; gives its port. Connections end when it does."""
+    """A TCP server; gives its port. Connections and their tasks end when it does."""
     writers: list[asyncio.StreamWriter] = []
+    tasks: set[asyncio.Task[Any]] = set()
 
     async def one(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
         writers.append(writer)
         try:
             await serve(reader, writer)
         except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        except asyncio.CancelledError:  # the server ends; Python 3.11 would complain
             pass
         finally:
             writer.close()
@@ -110,6 +118,10 @@ async def server(serve: Serve, host: str = "127.0.0.1") -> AsyncIterator[int]:
             writer.transport.abort()
             with contextlib.suppress(Exception):
                 await writer.wait_closed()
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks)
 
 
 def answering(answer: bytes) -> Serve:

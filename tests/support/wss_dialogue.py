@@ -76,7 +76,7 @@ class Dialogue:
 async def dialogue(topic: str, writer: Client, subscriber: Client) -> AsyncIterator[Dialogue]:
     """Both on the topic, which must be theirs alone."""
     async with (
-        asyncio.timeout(60),
+        asyncio.timeout(200),
         writer,
         subscriber,
         subscriber.subscribe([Subscription(topic, qos=2)]) as reader,
@@ -88,7 +88,7 @@ async def dialogue(topic: str, writer: Client, subscriber: Client) -> AsyncItera
 
 async def last_error(one: Client) -> str:
     """What a client that cannot connect says of it."""
-    async with asyncio.timeout(30), one:
+    async with asyncio.timeout(60), one:
         trying = asyncio.create_task(one.connected())
         while not one.status.last_error:
             await asyncio.wait([trying], timeout=0.01)

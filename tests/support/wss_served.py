@@ -27,7 +27,7 @@ MIB = 1024 * 1024
 _FILE = f"""
 [broker]
 max_connections = {CONNECTIONS}
-connect_timeout = "2s"
+connect_timeout = "{{connect_timeout}}"
 
 [listeners.ws]
 url = "ws://127.0.0.1:{{port}}/mqtt"
@@ -35,23 +35,33 @@ url = "ws://127.0.0.1:{{port}}/mqtt"
 [listeners.hasty]
 url = "ws://127.0.0.1:{{hasty}}/mqtt"
 handshake_timeout = "300ms"
+
+[listeners.curious]
+url = "ws://127.0.0.1:{{curious}}/mqtt"
 ping_interval = "200ms"
-ping_timeout = "300ms"
+ping_timeout = "60s"
+
+[listeners.impatient]
+url = "ws://127.0.0.1:{{impatient}}/mqtt"
+ping_interval = "200ms"
+ping_timeout = "1s"
 """
 
 
 class Served:
-    """The process. `hasty` is the port of a listener with short timeouts."""
+    """The process. More ports: at `hasty` a handshake has little time, `curious` asks soon whether a client
+    is still there, and `impatient` does not wait long for the answer."""
 
-    def __init__(self, folder: Path) -> None:
-        self.port, self.hasty = free_port(), free_port()
+    def __init__(self, folder: Path, *, connect_timeout: str = "60s") -> None:
+        self.port, self.hasty, self.curious, self.impatient = (free_port() for _ in range(4))
         self.log = folder / "broker.log"
         file = folder / "broker.toml"
-        file.write_text(_FILE.format(port=self.port, hasty=self.hasty))
+        ports = {"port": self.port, "hasty": self.hasty, "curious": self.curious, "impatient": self.impatient}
+        file.write_text(_FILE.format(connect_timeout=connect_timeout, **ports))
         with self.log.open("wb") as log:
             command = [TOOL, "serve", file, "--log-level", "debug"]
             self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        until_listening(self.hasty, self._process, self.log)
+        until_listening(self.impatient, self._process, self.log)  # the last one
 
     def check(self) -> None:
         """It runs, and has said nothing that an operator would have to worry about."""
@@ -99,7 +109,7 @@ class Neighbour:
         """Returns when it has got so many more messages back."""
         task, goal = self._task, self._turns + turns
         assert task is not None
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while self._turns < goal and not task.done():
                 await asyncio.sleep(0.005)
         if task.done():

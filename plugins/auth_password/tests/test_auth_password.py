@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import sys
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -309,19 +310,27 @@ def test_what_is_remembered_is_bounded(users: Path, monkeypatch: pytest.MonkeyPa
     assert len(checker._right) == 2
 
 
-def test_a_flood_waits_in_a_short_queue_and_the_loop_goes_on(users: Path) -> None:
-    server = live(users)
+def test_a_flood_waits_in_a_short_queue_and_the_loop_goes_on(
+    users: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, go, matches = live(users), threading.Event(), verify._matches
+
+    def held(hashed: str, password: bytes) -> bool:
+        assert go.wait(60)
+        return matches(hashed, password)
+
+    monkeypatch.setattr(verify, "_matches", held)
 
     async def main() -> None:
         flood = [asyncio.create_task(login(server, "device-1", f"wrong {n}")) for n in range(200)]
-        turns = 0
-        while not all(one.done() for one in flood):
+        for _ in range(200):  # other things happen meanwhile
             await asyncio.sleep(0)
-            turns += 1
+        assert sum(not one.done() for one in flood) == verify.WAITING
+        go.set()
+        await asyncio.wait(flood)
         codes = [one.exception().reason_code for one in flood]  # type: ignore[union-attr]
         assert set(codes) == {0x86, 0x89}
         assert codes.count(0x86) == verify.WAITING
-        assert turns > 200, "other things happened meanwhile"
         busy = next(one.exception() for one in flood if one.exception().reason_code == 0x89)  # type: ignore[union-attr]
         assert isinstance(busy, Refused)
         assert not busy.permanent

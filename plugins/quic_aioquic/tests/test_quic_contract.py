@@ -48,6 +48,7 @@ def keeps_the_contract(
     host: str = "127.0.0.1",
     **options: Any,
 ) -> None:
+    options.setdefault("connect_timeout", 30.0)
     tls = TlsOptions(ca_file=certificates.ca_file, server_name="localhost")
     check(
         listen=QuicAioquic(Url.parse(f"quic://{host}:0"), server_tls=certificates.server(), **options),

@@ -263,7 +263,7 @@ async def answer_to(port: int, data: bytes) -> bytes | None:
         sock.send(data)
         sock.send(unknown)
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             first = await loop.sock_recv(sock, 65536)
             return None if b"marker!!" in first else first
 

@@ -119,9 +119,11 @@ async def echo(connection: Connection) -> None:
 
 
 def over_loopback(certificates: Certificates, folder: Path, work: Any, **options: Any) -> None:
+    options.setdefault("connect_timeout", 30.0)
+
     async def main() -> None:
         listener = QuicAioquic(Url.parse("quic://127.0.0.1:0"), server_tls=certificates.server())
-        async with asyncio.timeout(30), listener.listen(echo) as url:
+        async with listener.listen(echo) as url:
             tls = TlsOptions(ca_file=certificates.ca_file)
             connection = await QuicAioquic(Url.parse(url), tls=tls, ticket_folder=folder, **options).connect()
             try:
@@ -129,7 +131,7 @@ def over_loopback(certificates: Certificates, folder: Path, work: Any, **options
             finally:
                 connection.abort()
 
-    asyncio.run(main())
+    run(main())
 
 
 def test_forged_refusals_end_nothing(certificates: Certificates, tmp_path: Path) -> None:

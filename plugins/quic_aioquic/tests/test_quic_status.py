@@ -120,7 +120,7 @@ def test_states_of_what_never_came_about(
                 place = str(echo.url) if why == "rejected" else f"quic://{HOST}:{port}"
                 with pytest.raises(ConnectFailed):
                     await client(
-                        place, certificates, tmp_path / "t", connect_timeout=5.0 if why != "silent" else 0.3
+                        place, certificates, tmp_path / "t", connect_timeout=30.0 if why != "silent" else 0.3
                     ).connect()
             (one,) = made
             expected = [QuicState.INITIAL, QuicState.DRAINING, QuicState.CLOSED]
@@ -228,7 +228,7 @@ def test_a_qlog_survives_kill(certificates: Certificates, tmp_path: Path) -> Non
         async def main(url, ca, folder):
             recipe = QuicAioquic(
                 Url.parse(url), tls=TlsOptions(ca_file=Path(ca)), qlog_folder=folder,
-                ticket_folder=Path(folder) / "t",
+                ticket_folder=Path(folder) / "t", connect_timeout=30.0,
             )
             connection = await recipe.connect()
             stream = await connection.open_stream()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from loops import LOOPS
+from quic_clock import steady_loop
 
 from tesaiot_connect import Connection, Disconnected, TlsOptions, Url
 from tesaiot_connect.testing import Certificates
@@ -42,7 +44,10 @@ def test_timers_fire_no_more_often_than_packets_travel(
         listener = QuicAioquic(Url.parse("quic://127.0.0.1:0"), server_tls=certificates.server())
         async with listener.listen(echo) as url:
             client = QuicAioquic(
-                Url.parse(url), tls=TlsOptions(ca_file=certificates.ca_file), ticket_folder=tmp_path
+                Url.parse(url),
+                tls=TlsOptions(ca_file=certificates.ca_file),
+                ticket_folder=tmp_path,
+                connect_timeout=30.0,
             )
             connection = await client.connect()
             stream = await connection.open_stream()
@@ -62,3 +67,17 @@ def test_timers_fire_no_more_often_than_packets_travel(
     with asyncio.Runner(loop_factory=loop_factory) as runner:
         packets = runner.run(main())
     assert 0 < fired < packets, f"{fired} timers for {packets} packets"
+
+
+@pytest.mark.skipif(steady_loop is None, reason="Windows has no steady loop")
+def test_the_clock_of_the_other_tests_does_not_see_a_standstill() -> None:
+    async def main() -> None:
+        clock = asyncio.get_running_loop().time
+        before = clock()
+        time.sleep(0.2)  # the subject
+        assert clock() - before < 0.002
+        await asyncio.sleep(0.05)
+        assert clock() - before > 0.045
+
+    with asyncio.Runner(loop_factory=steady_loop) as runner:
+        runner.run(main())

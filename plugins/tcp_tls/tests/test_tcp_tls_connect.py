@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import attrs
 import pytest
+from deadlines import LONG, over_at
 from loops import Run
 
 from tesaiot_connect import (
@@ -224,13 +226,14 @@ def test_a_name_that_does_not_exist(run: Run) -> None:
         assert error.stage == "name"
 
 
-def test_silence_times_out(run: Run) -> None:
+def test_silence_times_out(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """A listener whose backlog is full drops what comes, as a firewall does."""
+    over_at(monkeypatch, "reach")
 
     async def main() -> None:
         with contextlib.ExitStack() as open_sockets:
             address = black_hole(open_sockets)
-            recipe = TcpTls(Url("mqtt", *address), connect_timeout=Duration(0.2))
+            recipe = TcpTls(Url("mqtt", *address), connect_timeout=LONG)
             error = await fails(recipe)
             assert "no address answers" in str(error)
             assert "firewall" in error.fix
@@ -244,9 +247,9 @@ def black_hole(open_sockets: contextlib.ExitStack, host: str = "127.0.0.1", port
     server = open_sockets.enter_context(socket.socket())
     server.bind((host, port))
     server.listen(0)
-    for _ in range(8):
+    for number in range(8):
         client = open_sockets.enter_context(socket.socket())
-        client.settimeout(0.1)
+        client.settimeout(0.1 if number else 20)  # there is always room for one
         try:
             client.connect(server.getsockname())
         except TimeoutError:
@@ -414,7 +417,11 @@ def test_a_port_that_hangs_up(run: Run, certificates: Certificates) -> None:
     run(main())
 
 
-def test_a_port_that_never_answers(run: Run, certificates: Certificates) -> None:
+def test_a_port_that_never_answers(
+    run: Run, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    over_at(monkeypatch, "secure")
+
     async def silent(connection: Connection) -> None:
         await asyncio.Event().wait()
 
@@ -423,7 +430,7 @@ def test_a_port_that_never_answers(run: Run, certificates: Certificates) -> None
             recipe = TcpTls(
                 Url.parse(url.replace("mqtt:", "mqtts:")),
                 tls=TlsOptions(ca_file=certificates.ca_file),
-                connect_timeout=Duration(0.2),
+                connect_timeout=LONG,
             )
             error = await fails(recipe)
             assert "does not answer the TLS handshake" in str(error)
@@ -565,16 +572,28 @@ def test_listening_problems_are_told(run: Run, certificates: Certificates, tmp_p
     assert "cannot listen on no-such-host.invalid" in str(cannot_listen(run, nameless))
 
 
-def test_a_client_that_dawdles_is_dropped_and_others_served(run: Run, certificates: Certificates) -> None:
+def test_a_client_that_dawdles_is_dropped_and_others_served(
+    run: Run, certificates: Certificates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first has all the time there is, and the last one none."""
+    times, wrap = [LONG, LONG, Duration(0.01)], tcp.wrap_accepted
+
+    async def timed(recipe: Any, *rest: Any) -> Peer:
+        return await wrap(attrs.evolve(recipe, handshake_timeout=times.pop(0)), *rest)
+
+    monkeypatch.setattr(tcp, "wrap_accepted", timed)
+
     async def main() -> None:
-        recipe = serve(certificates, handshake_timeout=Duration(0.2))
-        async with recipe.listen(echo) as url:
+        async with serve(certificates).listen(echo) as url:
             port = Url.parse(url).port
-            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            _, slow = await asyncio.open_connection("127.0.0.1", port)
             await works(dial(url, certificates))
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
             assert await reader.read() == b"", "the listener did not hang up"
-            writer.close()
-            await writer.wait_closed()
+        for one in (slow, writer):
+            one.close()
+            with contextlib.suppress(ConnectionError):
+                await one.wait_closed()
 
     run(main())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import random
 import re
 import socket
@@ -14,6 +15,7 @@ import ssl
 import struct
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,7 +65,7 @@ def among_neighbours(
     """Runs the attack while a client of the same listener works, and another comes afterwards."""
 
     async def main() -> None:
-        async with asyncio.timeout(60), Neighbour(served.port) as neighbour:
+        async with asyncio.timeout(200), Neighbour(served.port) as neighbour:
             with served.bounded(most):
                 await attack(neighbour)
             await neighbour.more()
@@ -78,7 +80,7 @@ async def rest_of(reader: asyncio.StreamReader) -> bytes:
     """What else comes, until the end, orderly or not."""
     got = b""
     with contextlib.suppress(ConnectionError):
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while data := await reader.read(65536):
                 got += data
     return got
@@ -87,7 +89,7 @@ async def rest_of(reader: asyncio.StreamReader) -> bytes:
 async def pour(writer: asyncio.StreamWriter, data: bytes) -> None:
     """Sends it again and again, no faster than it is taken, until the other side has left."""
     with contextlib.suppress(ConnectionError):
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             while True:
                 writer.write(data)
                 await writer.drain()
@@ -241,7 +243,7 @@ def test_a_byte_now_and_then(served: Served, said: bytes) -> None:
     async def attack(_neighbour: Neighbour) -> None:
         async with dialled(served.hasty, asked=said) as (reader, writer):
             ended = asyncio.create_task(rest_of(reader))
-            asking = iter(request()[len(said) :] * 10)
+            asking = itertools.chain(request()[len(said) : -2], itertools.repeat(b"x"[0]))  # it has no end
             while not ended.done():
                 with contextlib.suppress(ConnectionError):
                     writer.write(bytes([next(asking)]))
@@ -267,7 +269,8 @@ def test_half_handshakes_beyond_all_connections(served: Served) -> None:
 
 
 def test_upgrades_beyond_all_connections(served: Served) -> None:
-    """Those who have come in stay; those who say nothing are sent away."""
+    """Those who have come in stay; those beyond are sent away at once."""
+    beyond = 50 + 1  # the neighbour is in
 
     async def attack(neighbour: Neighbour) -> None:
         async with contextlib.AsyncExitStack() as stack:
@@ -276,10 +279,33 @@ def test_upgrades_beyond_all_connections(served: Served) -> None:
                 reader, _ = await stack.enter_async_context(dialled(served.port))
                 readers.append(reader)
             await neighbour.more()
-            ends = await asyncio.gather(*map(rest_of, readers))
-            assert len([end for end in ends if end[:1] != b"\x88"]) >= 51, "more were let in than may be"
+            waiting = {asyncio.create_task(reader.read(100)) for reader in readers}
+            gone: set[asyncio.Task[bytes]] = set()
+            while len(gone) < beyond:
+                done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                gone |= done
+            await neighbour.more()
+            assert waiting
+            assert all(isinstance(one.exception(), ConnectionError) or not one.result() for one in gone)
+            for one in waiting:
+                one.cancel()
+            await asyncio.wait(waiting)
 
     among_neighbours(served, attack)
+
+
+def test_who_says_nothing_is_sent_away(tmp_path: Path) -> None:
+    served = Served(tmp_path, connect_timeout="300ms")
+    try:
+
+        async def main() -> None:
+            async with asyncio.timeout(60), dialled(served.port) as (reader, _writer):
+                await read_close(reader)
+
+        asyncio.run(main())
+        served.check()
+    finally:
+        served.stop()
 
 
 # --- frames -------------------------------------------------------------------------------
@@ -373,16 +399,36 @@ def test_a_message_in_pieces_without_end(served: Served) -> None:
     among_neighbours(served, attack)
 
 
+async def told_while_pouring(port: int, begin: bytes, more: bytes) -> bytes:
+    """The last that a client hears which sends `more` without end: also what came before a reset."""
+    loop = asyncio.get_running_loop()
+
+    async def hear() -> bytes:
+        got = b""
+        with contextlib.suppress(ConnectionError):
+            while data := await loop.sock_recv(sock, 65536):
+                got = (got + data)[-65536:]
+        return got
+
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as sock:
+        sock.setblocking(False)
+        await loop.sock_sendall(sock, request() + frame(BINARY, CONNECT, mask=True) + begin)
+        hearing = asyncio.create_task(hear())
+        with contextlib.suppress(ConnectionError):
+            async with asyncio.timeout(60):
+                while not hearing.done():
+                    await loop.sock_sendall(sock, more)
+                    await asyncio.sleep(0)  # for the neighbour
+        return await hearing
+
+
 def test_who_keeps_the_listener_busy(served: Served) -> None:
     """No limit on sizes ends these; that others have to wait for them does."""
 
     async def one(small: bytes) -> None:
-        async with logged_in(served.port) as (reader, writer):
-            writer.write(frame(BINARY, b"", fin=False, mask=True))
-            ended = asyncio.create_task(rest_of(reader))
-            await pour(writer, small * 10_000)
-            policy = (1008).to_bytes(2, "big")
-            assert policy in (await ended)[-200:]
+        begin = frame(BINARY, b"", fin=False, mask=True)
+        policy = (1008).to_bytes(2, "big")
+        assert policy in (await told_while_pouring(served.port, begin, small * 10_000))[-200:]
 
     async def attack(_neighbour: Neighbour) -> None:
         await asyncio.gather(
@@ -398,9 +444,13 @@ def test_answers_without_a_mask(served: Served) -> None:
     """What RFC 6455 section 5.1 forbids, and paho-mqtt does: its pongs and close frames are understood."""
 
     async def attack(_neighbour: Neighbour) -> None:
-        async with logged_in(served.hasty) as (reader, writer):
+        asked = request() + frame(BINARY, CONNECT, mask=True)
+        async with dialled(served.curious, asked=asked) as (reader, writer):
+            await read_head(reader)
             for number in range(3):
                 opcode, payload = await read_frame(reader)
+                while opcode == BINARY:  # CONNACK
+                    opcode, payload = await read_frame(reader)
                 assert (opcode, number) == (PING, number)
                 pong = frame(PONG, payload)
                 writer.write(pong[: number + 1])
@@ -474,8 +524,11 @@ def test_whoever_is_silent_is_asked(served: Served) -> None:
     """Half a connection: its socket is there, and nobody behind it answers pings."""
 
     async def attack(_neighbour: Neighbour) -> None:
-        async with logged_in(served.hasty) as (reader, _writer):
-            assert (await read_frame(reader))[0] == PING
+        asked = request() + frame(BINARY, CONNECT, mask=True)
+        async with dialled(served.impatient, asked=asked) as (reader, _writer):
+            await read_head(reader)
+            frames = sorted([await read_frame(reader), await read_frame(reader)])
+            assert [frames[0], frames[1][0]] == [(BINARY, CONNACK), PING]
             await rest_of(reader)
 
     among_neighbours(served, attack)

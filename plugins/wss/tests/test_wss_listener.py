@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 import pytest
+from deadlines import LONG, Deadlines
 from loops import Run
 from websocket_peers import (
     BINARY,
@@ -24,7 +25,7 @@ from websocket_peers import (
     request,
 )
 
-from tesaiot_connect import Connection, ConnectorError, Disconnected, Duration, Peer, Size, TlsOptions, Url
+from tesaiot_connect import Connection, ConnectorError, Disconnected, Peer, Size, TlsOptions, Url
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_wss import Wss
 
@@ -256,7 +257,10 @@ def test_the_listener_says_that_it_stops(run: Run) -> None:
     run(main())
 
 
-def test_the_handlers_end_is_an_orderly_close(run: Run) -> None:
+def test_the_handlers_end_is_an_orderly_close(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the client's close frame comes."""
+    monkeypatch.setattr("tesaiot_connect_wss.layer._LINGER", 600.0)
+
     async def handler(connection: Connection) -> None:
         await (await connection.accept_stream()).receive()
 
@@ -272,12 +276,17 @@ def test_the_handlers_end_is_an_orderly_close(run: Run) -> None:
 
 
 @pytest.mark.parametrize("said", [b"", b"GET /mqtt HT", request()[:-2]])
-def test_dawdlers_are_dropped(run: Run, said: bytes) -> None:
+def test_dawdlers_are_dropped(run: Run, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    deadlines = Deadlines(monkeypatch)
+
     async def main() -> None:
-        async with listening(handshake_timeout=Duration(0.2)).listen(echo) as url:
+        async with listening(handshake_timeout=LONG).listen(echo) as url:
             reader, writer = await asyncio.open_connection("127.0.0.1", port_of(url))
             writer.write(said)
+            while not deadlines.running:
+                await asyncio.sleep(0.001)
             async with dialled(port_of(url)) as (other, other_writer):
+                deadlines.pass_by(0)
                 assert await reader.read() == b""
                 other_writer.write(frame(BINARY, b"served", mask=True))
                 assert await read_frame(other) == (BINARY, b"served")

@@ -7,10 +7,11 @@ import socket
 from typing import Any
 
 import pytest
+from deadlines import LONG, Deadlines
 from loops import Run
 from websocket_peers import answering, connect_proxy, server, socks5_proxy
 
-from tesaiot_connect import ConnectFailed, Connection, Duration, Secret, SecretFrom, TlsOptions, Url
+from tesaiot_connect import ConnectFailed, Connection, Secret, SecretFrom, TlsOptions, Url
 from tesaiot_connect.testing import Certificates
 from tesaiot_connect_wss import Wss
 from tesaiot_connect_wss.proxy import from_environment
@@ -110,10 +111,32 @@ def test_socks5(run: Run) -> None:
     run(main())
 
 
-def test_proxies_that_do_not_work(run: Run) -> None:
+def test_a_proxy_that_never_answers(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once it was asked, the time is over."""
+    deadlines = Deadlines(monkeypatch)
+
     async def silent(reader: asyncio.StreamReader, _writer: asyncio.StreamWriter) -> None:
+        assert await reader.read(1)
+        deadlines.pass_by()
         await reader.read()
 
+    async def main() -> None:
+        async with server(silent) as port:
+            for scheme in ("http", "socks5"):
+                recipe = Wss(
+                    Url("ws", "127.0.0.1", 1),
+                    proxy=Secret(f"{scheme}://127.0.0.1:{port}"),
+                    connect_timeout=LONG,
+                )
+                error = await fails(recipe)
+                assert f"the proxy {scheme}://127.0.0.1:{port} does not answer" in error.what
+                assert error.stage == "upgrade"
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run(main())
+
+
+def test_proxies_that_do_not_work(run: Run) -> None:
     async def main() -> None:
         with socket.create_server(("127.0.0.1", 0)) as closed:
             port = closed.getsockname()[1]
@@ -128,16 +151,6 @@ def test_proxies_that_do_not_work(run: Run) -> None:
             async with server(answering(answer)) as port:
                 error = await fails(through(1, f"http://127.0.0.1:{port}"))
                 assert word in error.what
-                assert error.stage == "upgrade"
-        async with server(silent) as port:
-            for scheme in ("http", "socks5"):
-                recipe = Wss(
-                    Url("ws", "127.0.0.1", 1),
-                    proxy=Secret(f"{scheme}://127.0.0.1:{port}"),
-                    connect_timeout=Duration(0.3),
-                )
-                error = await fails(recipe)
-                assert f"the proxy {scheme}://127.0.0.1:{port} does not answer" in error.what
                 assert error.stage == "upgrade"
         for wrong in (
             "https://me:hunter2@p",

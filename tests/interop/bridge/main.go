@@ -44,6 +44,9 @@ const (
 	lastBytes = 500 * time.Millisecond
 
 	earlyBytes = 4096
+
+	// Longer than a machine of tests stands still; quic-go's own is 5 s.
+	handshakeIdle = 30 * time.Second
 )
 
 func main() {
@@ -141,9 +144,10 @@ func (o *options) protocols() []string { return strings.Split(o.alpn, ",") }
 
 func (o *options) quic() *quic.Config {
 	return &quic.Config{
-		MaxIdleTimeout:     o.idle,
-		KeepAlivePeriod:    o.keepalive,
-		MaxIncomingStreams: o.streams,
+		HandshakeIdleTimeout: handshakeIdle,
+		MaxIdleTimeout:       o.idle,
+		KeepAlivePeriod:      o.keepalive,
+		MaxIncomingStreams:   o.streams,
 	}
 }
 

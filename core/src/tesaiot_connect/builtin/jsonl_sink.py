@@ -253,6 +253,9 @@ class LineFile:
             self._dirty = False
             try:
                 await asyncio.to_thread(os.fsync, self._file)
+            except asyncio.CancelledError:  # the thread may come too late, when the file is closed
+                self._dirty = True
+                raise
             except OSError as error:
                 raise self._explained(error) from error
 

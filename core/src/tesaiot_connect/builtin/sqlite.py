@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -89,14 +89,24 @@ class SqliteSink:
     async def open(self) -> AsyncIterator[Writer]:
         loop = asyncio.get_running_loop()
         thread = ThreadPoolExecutor(1, thread_name_prefix="tesaiot-sqlite")
+        opening = thread.submit(_Table, self)
         try:
-            table = await loop.run_in_executor(thread, _Table, self)
+            try:
+                table = await asyncio.wrap_future(opening)
+            except asyncio.CancelledError:
+                thread.submit(_close, opening)  # the thread may be at it still
+                raise
             try:
                 yield _SqliteWriter(table, thread)
             finally:
                 await asyncio.shield(loop.run_in_executor(thread, table.close))
         finally:
             thread.shutdown(wait=False)
+
+
+def _close(opening: Future[_Table]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 class _SqliteWriter:

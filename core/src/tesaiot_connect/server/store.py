@@ -203,7 +203,7 @@ class Store:
 
     def _due(self) -> None:
         self._timer = None
-        self._wanted = True
+        self._wanted = bool(self._batch)  # else `when_committed` would not ask any more
         self._hand_over()
 
     def _hand_over(self) -> None:

@@ -142,7 +142,7 @@ class TransportCheck:
             raise self._broken(f"it raised {type(error).__name__}: {error}") from error
         tasks = asyncio.all_tasks() - {asyncio.current_task()}
         if tasks:
-            _, tasks = await asyncio.wait(tasks, timeout=1)
+            _, tasks = await asyncio.wait(tasks, timeout=timeout)
         if tasks:
             raise self._broken(f"a task was left running: {next(iter(tasks))!r}")
 

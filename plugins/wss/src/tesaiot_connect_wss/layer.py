@@ -332,6 +332,8 @@ class WebSocket(asyncio.Protocol):
             self.rtt = now - asked
             if waiting is not None and not waiting.done():
                 waiting.set_result(None)
+            if self._interval > 0:  # from here on it is silent anew, however long an answer may take
+                self._later("silence", self._interval, self._silence)
         self._frames.pongs.clear()
 
     async def probe(self) -> None:
