@@ -50,6 +50,8 @@ def connect(certificates: Certificates, library: Path, url: str) -> QuicNng:
         backend="nanonng",
         library=library,
         verify_hostname=False,
+        connect_timeout=Duration(30.0),
+        ack_timeout=Duration(30.0),
         idle_timeout=Duration(3.0),
         keepalive=Duration(1.0),
     )

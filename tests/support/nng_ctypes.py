@@ -64,10 +64,15 @@ def until(condition: Callable[[], Any], what: str = "it") -> Any:
     return value
 
 
+_CLIENTS: list[Nng] = []
+"""All there were: a thread of the library may be on its way into a callback while its client is closed."""
+
+
 class Nng:
-    """One client. What C may call or read later lives as long as this object: keep it until `close`."""
+    """One client. What C may call or read later lives as long as this process."""
 
     def __init__(self) -> None:
+        _CLIENTS.append(self)
         library, msquic = libraries()
         ctypes.CDLL(str(msquic), ctypes.RTLD_GLOBAL)
         self.c = c = ctypes.CDLL(str(library))
@@ -253,13 +258,20 @@ class Peer:
 
 
 class Server:
-    """A listener on 127.0.0.1; `accept` gives the next connection."""
+    """A listener on 127.0.0.1; `accept` gives the next connection. Where `closed`, nobody gets in before
+    `listen`."""
 
-    def __init__(self, port: int = 0) -> None:
-        self._listening = socket.create_server(("127.0.0.1", port))
+    def __init__(self, *, closed: bool = False) -> None:
+        self._listening = socket.socket()
+        self._listening.bind(("127.0.0.1", 0))
         self._listening.settimeout(PATIENCE)
         self.port: int = self._listening.getsockname()[1]
         self._peers: list[Peer] = []
+        if not closed:
+            self.listen()
+
+    def listen(self) -> None:
+        self._listening.listen()
 
     def accept(self) -> Peer:
         peer = Peer(self._listening.accept()[0])
@@ -274,9 +286,3 @@ class Server:
         self.refuse()
         for peer in self._peers:
             peer.close()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port: int = listening.getsockname()[1]
-    return port

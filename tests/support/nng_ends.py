@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 
 import nng_stub
 import pytest
-from real_brokers import free_port, free_udp_port
 
 from tesaiot_connect import (
     Backoff,
@@ -52,6 +51,8 @@ from tesaiot_connect_tcp_tls import TcpTls
 
 HOST = "127.0.0.1"
 PATIENCE = 30.0
+LONG = Duration(PATIENCE)
+PATIENT = ClientOptions(protocol="3.1.1", connect_timeout=LONG)
 QUICK = Backoff(min=Duration(0.02), max=Duration(0.1))
 Name = Literal["stub", "real"]
 NAMES: Sequence[Name] = ("stub", "real")
@@ -78,12 +79,15 @@ class Ends(NamedTuple):
         }
 
     def recipe(self, url: str, **options: Any) -> QuicNng:
-        options = {"tls": TlsOptions(ca_file=self.certificates.ca_file), **self.options, **options}
+        """It may take its time, where `options` say nothing else."""
+        long = {"connect_timeout": LONG, "ack_timeout": LONG}
+        options = {"tls": TlsOptions(ca_file=self.certificates.ca_file), **long, **self.options, **options}
         return QuicNng(Url.parse(url), **options)
 
     def endpoint(self, url: str) -> str:
         """The same in TOML, on one line."""
-        options = {"tls.ca_file": self.certificates.ca_file, **self.options}
+        long = {"connect_timeout": f"{LONG:g}s", "ack_timeout": f"{LONG:g}s"}
+        options = {"tls.ca_file": self.certificates.ca_file, **long, **self.options}
         rest = ", ".join(
             f"{key} = {'false' if value is False else repr(str(value))}" for key, value in options.items()
         )
@@ -93,9 +97,6 @@ class Ends(NamedTuple):
         if self.name == "stub":
             return TcpTls(Url.parse(f"mqtt://{HOST}:{port}"))
         return QuicAioquic(Url.parse(f"quic://{HOST}:{port}"), server_tls=self.certificates.server(HOST))
-
-    def free_port(self) -> int:
-        return free_port() if self.name == "stub" else free_udp_port()
 
 
 def ends(name: Name, certificates: Certificates, folder: Path) -> Ends:
@@ -147,7 +148,8 @@ class Watched:
 def client(dialer: QuicNng | Watched, **options: Any) -> Client:
     if isinstance(dialer, QuicNng):
         dialer = Watched(dialer)
-    return Client(dialer, ClientOptions(**{"protocol": "3.1.1", "reconnect": QUICK, **options}))
+    patient = {"protocol": "3.1.1", "reconnect": QUICK, "connect_timeout": LONG}
+    return Client(dialer, ClientOptions(**{**patient, **options}))
 
 
 class Collected:

@@ -30,7 +30,7 @@ TOPIC = "kills/t"
 BATCH = 50
 _LATEST = 0.05
 """Seconds between a number of acknowledged messages and the blow that it brings, at most."""
-_STALLED = 60.0
+_STALLED = 180.0
 _BROKER = BrokerOptions(max_queue_messages=1_000_000, drain_timeout=Duration(0.1))
 
 
@@ -79,22 +79,22 @@ async def worker_killed(
     source.shuffle(blows)
     moments = sorted(source.sample(range(1, messages // BATCH - 1), len(blows)))
     async with serving(ends, options=_BROKER) as served, subscriber(served.tcp, "kills/#") as got:
-        recipe = ends.recipe(served.url, ack_timeout=Duration(ack_timeout), connect_timeout=Duration(5.0))
+        recipe = ends.recipe(served.url, ack_timeout=Duration(ack_timeout))
         dialer = Watched(recipe)
         options = {"client_id": "publisher"} if kept else {}
         ended: Counter[str] = Counter()
         async with client(dialer, **options) as publisher:
 
-            def due(published: int, connections: int) -> bool:
-                return publisher.status.published >= published and len(dialer.connections) > connections
+            def due(published: int, connects: int) -> bool:
+                return publisher.status.published >= published and publisher.status.connects > connects
 
             async def strike() -> None:
-                """One blow for each connection."""
+                """One blow for each time it has connected."""
                 for number, (blow, moment) in enumerate(zip(blows, moments, strict=True)):
                     await until(partial(due, moment * BATCH, number), patience=_STALLED)
                     await asyncio.sleep(source.uniform(0, _LATEST))
                     with contextlib.suppress(ProcessLookupError):  # it crashed by itself
-                        os.kill(dialer.connections[number].pid, blow)
+                        os.kill(dialer.connections[-1].pid, blow)
 
             striking = asyncio.create_task(strike())
             try:

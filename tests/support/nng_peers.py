@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import nng_clock
+
 from tesaiot_connect import Broker, BrokerOptions, ListenerSpec, Message, Url
 from tesaiot_connect.mqtt import (
     V3,
@@ -29,7 +31,6 @@ from tesaiot_connect.mqtt import (
     Subscription,
 )
 from tesaiot_connect_quic_nng import control
-from tesaiot_connect_quic_nng.supervisor import COMMAND
 from tesaiot_connect_tcp_tls import TcpTls
 
 PATIENCE = 20.0
@@ -131,18 +132,32 @@ class WorkerProcess:
         with data, orders:
             numbers = (data.fileno(), orders.fileno())
             self.process = subprocess.Popen(
-                [sys.executable, *COMMAND, *map(str, numbers)],
+                [sys.executable, *nng_clock.COMMAND, *map(str, numbers)],
                 pass_fds=numbers,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
+                env={**os.environ, "TESAIOT_PATIENT": "1", **environment},
                 start_new_session=True,
             )
         self.say(job)
 
     def say(self, order: control.Order) -> None:
         self.orders.sendall(control.line(order))
+
+    def forward(self) -> None:
+        """Hours go by for it, at once. It has said `Loaded`."""
+        nng_clock.forward(self.process.pid)
+        self.say(control.Ping(0))  # which wakes it
+
+    def hours_go_by(self) -> None:
+        """Again and again, until it has said its last word: what it hears of late may begin its time anew."""
+        for _ in range(1000):
+            with contextlib.suppress(BrokenPipeError):
+                self.forward()
+            if not isinstance(self.report(), control.Pong):
+                return
+        raise AssertionError("nothing ends it")
 
     def report(self, patience: float = PATIENCE) -> control.Report | None:
         """The next one, None where there is none any more."""

@@ -3,8 +3,8 @@
 TESAIOT_SCRIPT holds its steps, one a line: a report as JSON, sent as it is; `job` (wait for the job);
 `serve` (echo data and answer pings until the data ends or says `go on`); `print TEXT`; `abort`; `abort once
 FILE` (where FILE is not there, which is then made); `exit N`; `stop` (SIGSTOP); `wait` (until the parent is
-gone); `close data`. Bytes `stop`, `abort` and `go on` are orders to `serve`. The job is written to the file
-TESAIOT_SCRIPT_JOB, where that is set.
+gone); `close data`; `close control`. Bytes `stop`, `abort` and `go on` are orders to `serve`. The job is
+written to the file TESAIOT_SCRIPT_JOB, where that is set.
 """
 
 from __future__ import annotations
@@ -77,6 +77,8 @@ class _Scripted:
                     pass
             elif step == "close data":
                 self._data.close()
+            elif step == "close control":
+                self._control.close()
         os._exit(0)
 
     def _order(self) -> bytes:
@@ -98,10 +100,13 @@ class _Scripted:
             while True:
                 for key, _ in selector.select():
                     if key.fileobj is self._control:
-                        order = json.loads(self._order() or b'{"type": ""}')
-                        if order["type"] == "ping":
-                            pong = json.dumps({"type": "pong", "number": order["number"]})
-                            self._control.sendall(pong.encode() + b"\n")
+                        line = self._order()
+                        while line:  # several have come together where this process stood still
+                            order = json.loads(line)
+                            if order["type"] == "ping":
+                                pong = json.dumps({"type": "pong", "number": order["number"]})
+                                self._control.sendall(pong.encode() + b"\n")
+                            line = self._order() if b"\n" in self._lines else b""
                     elif not self._taken():
                         return
 

@@ -48,7 +48,8 @@ async def main(url: str, ca_file: str, library: str, first: int, qos: int) -> No
         Url.parse(url),
         tls=TlsOptions(ca_file=Path(ca_file)),
         verify_hostname=False,
-        ack_timeout=Duration(2.0),
+        connect_timeout=Duration(30.0),
+        ack_timeout=Duration(30.0),
         **named,
     )
     options = ClientOptions(

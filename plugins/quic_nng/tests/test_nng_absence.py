@@ -15,20 +15,23 @@ import nng_stub
 import pytest
 from nng_peers import ServingBroker, broker
 
-from tesaiot_connect import NegotiationOptions, Negotiator, TlsOptions, Unsupported, Url
+from tesaiot_connect import Duration, NegotiationOptions, Negotiator, TlsOptions, Unsupported, Url
 from tesaiot_connect.testing import Network
-from tesaiot_connect_quic_nng import QuicNng
+from tesaiot_connect_quic_nng import QuicNng, supervisor
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="quic_nng is for POSIX systems")
 
 TOOL = Path(sys.executable).with_name("tesaiot-connect")
 UNVERIFIED = TlsOptions(verify="none", insecure=True)
 URL = Url.parse("quic://127.0.0.1")
+LONG = Duration(60.0)
+PATIENT = 'connect_timeout = "60s", ack_timeout = "60s"'
 
 
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No library but the one that a test names."""
+    """No library but the one that a test names, and time to find that out."""
+    monkeypatch.setattr(supervisor, "PROBE", 60.0)
     monkeypatch.setenv("TESAIOT_NNG_LIBRARY", str(tmp_path / "libnng.so"))
     monkeypatch.delenv("TESAIOT_MSQUIC_LIBRARY", raising=False)
 
@@ -41,7 +44,7 @@ def serving() -> Iterator[ServingBroker]:
 
 def refusal(**options: Any) -> Unsupported:
     with pytest.raises(Unsupported) as caught:
-        asyncio.run(QuicNng(URL, tls=UNVERIFIED, **options).connect())
+        asyncio.run(QuicNng(URL, tls=UNVERIFIED, connect_timeout=LONG, **options).connect())
     return caught.value
 
 
@@ -97,12 +100,13 @@ def test_the_next_endpoint_is_taken() -> None:
         network = Network()
         async with network.transport("pair://broker").listen(_serve) as url:
             options = NegotiationOptions(memory=False)
-            negotiator = Negotiator([QuicNng(URL, tls=UNVERIFIED), network.transport(url)], options)
+            left_out = QuicNng(URL, tls=UNVERIFIED, connect_timeout=LONG)
+            negotiator = Negotiator([left_out, network.transport(url)], options)
             for _ in range(2):
                 dialed = await negotiator.dial()
-                left_out = {one.endpoint: one.reason for one in dialed.attempts if one.outcome == "left out"}
+                reasons = {one.endpoint: one.reason for one in dialed.attempts if one.outcome == "left out"}
                 assert dialed.place == 1
-                assert "libnng.so" in left_out["quic://127.0.0.1"]
+                assert "libnng.so" in reasons["quic://127.0.0.1"]
                 await dialed.connection.aclose()
 
     asyncio.run(run())
@@ -143,7 +147,7 @@ to = ["broker"]
 
 
 def nng(port: int = 14567) -> str:
-    return f'{{ url = "quic://127.0.0.1:{port}", via = "quic_nng" }}'
+    return f'{{ url = "quic://127.0.0.1:{port}", via = "quic_nng", {PATIENT} }}'
 
 
 def test_a_pipeline_runs_over_the_next_endpoint(serving: ServingBroker, tmp_path: Path) -> None:
@@ -192,7 +196,7 @@ def test_a_pipeline_runs_over_it_where_it_is_installed(serving: ServingBroker, t
 
 
 def test_commands_list_what_is_missing() -> None:
-    rows = json.loads(command("plugins", "--json").stdout)["implementations"]
+    rows = json.loads(patient("plugins", "--json"))["implementations"]
     (row,) = [one for one in rows if one["name"] == "quic_nng"]
     assert (row["rank"], row["races"], row["schemes"]) == (50, False, ["quic"])
     assert row["cannot"] == list(QuicNng.cannot)
@@ -200,6 +204,22 @@ def test_commands_list_what_is_missing() -> None:
     assert "TESAIOT_NNG_LIBRARY" in row["missing"]["fix"]
     ranks = {one["name"]: one["rank"] for one in rows if "quic" in one["schemes"]}
     assert max(ranks, key=lambda name: ranks[name]) == "quic_aioquic"
+
+
+def patient(*arguments: str) -> str:
+    """What a command prints that lets a plugin take its time for its answer."""
+    code = """
+import sys
+from tesaiot_connect import plugins
+from tesaiot_connect.cli import main
+from tesaiot_connect_quic_nng import supervisor
+plugins._PATIENCE = supervisor.PROBE = 60.0
+sys.exit(main())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    return done.stdout
 
 
 def test_mistakes_in_its_table_have_a_line(tmp_path: Path) -> None:

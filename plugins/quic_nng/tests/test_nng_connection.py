@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,14 +33,17 @@ from tesaiot_connect_quic_nng.connection import NngConnection, NngStream, connec
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="quic_nng is for POSIX systems")
 
 Play = Callable[..., None]
+LONG = Duration(60.0)
 UP = ("job", LOADED, SECURED)
 ORDERLY = ended("the client has closed", orderly=True)
 
 
 @pytest.fixture
 def play(monkeypatch: pytest.MonkeyPatch) -> Play:
-    """Sets what the next workers do."""
+    """Sets what the next workers do, and lets them take their time."""
     monkeypatch.setattr(supervisor, "COMMAND", nng_scripted.COMMAND)
+    monkeypatch.setattr(supervisor, "_LEAVE", 60.0)
+    monkeypatch.setattr(nng_connection, "_LAST_WORD", 60.0)
 
     def play(*steps: str) -> None:
         for name, value in script(*steps).items():
@@ -56,6 +60,7 @@ def runner(request: pytest.FixtureRequest) -> Any:
 
 async def dial(**options: Any) -> tuple[NngConnection, NngStream]:
     tls = TlsOptions(verify="none", insecure=True)
+    options = {"connect_timeout": LONG, "ack_timeout": LONG, **options}
     connection = await connect(QuicNng(Url.parse("quic://127.0.0.1"), tls=tls, **options), identity=None)
     return connection, await connection.open_stream()
 
@@ -78,6 +83,13 @@ def reaped(pid: int) -> bool:
     except ProcessLookupError:
         return True
     return False
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """A killed process takes its time on a busy machine."""
+    async with asyncio.timeout(30):
+        while not condition():
+            await asyncio.sleep(0.002)
 
 
 # --- what it is -------------------------------------------------------------------------------
@@ -284,12 +296,19 @@ def test_a_process_that_hangs_is_a_lost_path(play: Play, runner: asyncio.Runner)
     runner.run(run())
 
 
-def test_a_stall_of_our_own_is_not_its_fault(play: Play, runner: asyncio.Runner) -> None:
+def test_a_stall_of_our_own_is_not_its_fault(
+    play: Play, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a stall shows is a clock that has gone on; asyncio's loop looks at the same one."""
+    monkeypatch.setattr(supervisor, "_PING", 0.02)
     play(*UP, "serve", ORDERLY)
+    real = time.monotonic
 
     async def run() -> None:
-        connection, stream = await dial(ack_timeout=Duration(1.0))
-        time.sleep(1.3)
+        connection, stream = await dial()
+        monkeypatch.setattr(time, "monotonic", lambda: real() + 1000)
+        pings = connection._worker._pings
+        await until(lambda: connection._worker._answered > pings + 2)
         await stream.send(b"still here")
         assert await stream.receive() == b"still here"
         await connection.aclose()
@@ -329,6 +348,36 @@ def test_one_that_stays_after_its_last_word_is_killed(
     runner.run(run())
 
 
+@pytest.mark.parametrize("beat", [False, True], ids=["the loop", "a sign of life"])
+def test_one_that_only_closes_its_control_socket_is_killed_after_a_while(
+    play: Play, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch, beat: bool
+) -> None:
+    """One that dies does that first, and takes its time where much else runs. Whoever finds it closed."""
+    play(*UP, "close control", "stop")
+    waits: list[float] = []
+    later = supervisor.Worker._later
+
+    def sooner(worker: supervisor.Worker, delay: float, do: Callable[[], None]) -> None:
+        if delay <= 0.1:  # no sign of life
+            waits.append(delay)
+            delay = 0.0
+        later(worker, delay, do)
+
+    monkeypatch.setattr(supervisor.Worker, "_later", sooner)
+
+    async def run() -> None:
+        connection, _ = await dial()
+        while beat and "(stopped)" not in Path(f"/proc/{connection.pid}/status").read_text():
+            time.sleep(0.002)  # the loop stands still
+        if beat:
+            connection._worker._beat()
+        assert "closed its control socket and stayed" in (await connection.wait_closed()).text
+        assert sum(waits) >= 60
+        await connection.aclose()
+
+    runner.run(run())
+
+
 def test_closing_is_bounded(play: Play, runner: asyncio.Runner) -> None:
     play(*UP, "serve", "stop")
 
@@ -340,6 +389,30 @@ def test_closing_is_bounded(play: Play, runner: asyncio.Runner) -> None:
         for use in (stream.receive, lambda: stream.send(b"x")):
             with pytest.raises(Disconnected, match="closed on this side"):
                 await use()
+
+    runner.run(run())
+
+
+def test_closing_waits_for_a_process_that_takes_long_to_die(
+    play: Play, runner: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(*UP, "serve", "stop")
+    dying: list[subprocess.Popen[bytes]] = []
+    monkeypatch.setattr(subprocess.Popen, "kill", lambda process: dying.append(process))  # later
+
+    async def run() -> None:
+        connection, _ = await dial()
+        connection._patience = 0.1  # with closing alone; it is not for signs of life
+        closing = asyncio.create_task(connection.aclose())
+        await until(lambda: bool(dying))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not closing.done()
+        assert connection.status().state is State.CLOSING
+        dying[0].send_signal(signal.SIGKILL)
+        await closing
+        assert reaped(connection.pid)
+        assert connection.status().state is State.CLOSED
 
     runner.run(run())
 
@@ -356,13 +429,14 @@ def test_closing_that_is_cancelled_leaves_nothing(play: Play, runner: asyncio.Ru
             closing.cancel()
             await asyncio.wait((closing,))
             assert closing.cancelled()
-            assert reaped(connection.pid)
+            await until(lambda: reaped(connection.pid))  # noqa: B023
 
     runner.run(run())
 
 
 def test_abort_kills_at_once(play: Play, runner: asyncio.Runner) -> None:
-    play(*UP, "serve")
+    """It is stopped: nothing else ends it, and no sign of life is missed so soon."""
+    play(*UP, "stop")
 
     async def run() -> None:
         for end in ("connection", "stream"):
@@ -370,7 +444,7 @@ def test_abort_kills_at_once(play: Play, runner: asyncio.Runner) -> None:
             receiving = asyncio.create_task(stream.receive())
             await asyncio.sleep(0)
             (connection if end == "connection" else stream).abort()
-            assert reaped(connection.pid)
+            await until(lambda: reaped(connection.pid))  # noqa: B023
             with pytest.raises(Disconnected, match="closed on this side"):
                 await receiving
             connection.abort()

@@ -40,7 +40,6 @@ from nng_ctypes import (
     Nng,
     Peer,
     Server,
-    free_port,
     until,
 )
 
@@ -58,6 +57,14 @@ def told(monkeypatch: pytest.MonkeyPatch, **faults: object) -> None:
 @pytest.fixture
 def server() -> Iterator[Server]:
     server = Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def closed_server() -> Iterator[Server]:
+    """Nobody gets in before its `listen`."""
+    server = Server(closed=True)
     yield server
     server.close()
 
@@ -91,8 +98,9 @@ def connected(opened: Opened, **faults: object) -> tuple[Nng, Peer]:
     return nng, peer
 
 
-def number(body: bytes) -> int:
-    return int.from_bytes(body[:2], "big")
+def sends(log: Path) -> list[list[str]]:
+    """The word, type and id of each; attempts to connect are written down between them."""
+    return [line.split() for line in nng_stub.events(log) if line.startswith("send")]
 
 
 # --- which library it is ------------------------------------------------------------------
@@ -145,16 +153,16 @@ def test_version_and_words() -> None:
 
 
 def test_it_tries_each_second_for_ever_and_says_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    closed_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, port = tmp_path / "log", free_port()
+    log, server = tmp_path / "log", closed_server
     told(monkeypatch, log=log)
     nng = Nng()
-    assert nng.open(port) == 0
+    assert nng.open(server.port) == 0
     assert nng.probe() == EBUSY
     until(lambda: nng_stub.counters(log)["failed"] >= 2, "two attempts")
     assert nng.probe() == EBUSY
-    server = Server(port)
+    server.listen()
     try:
         server.accept()
         until(lambda: nng.probe() == EPROTO, "the handshake")
@@ -314,31 +322,30 @@ def test_ids_are_counted_in_the_order_of_calls(opened: Opened) -> None:
 
 
 def test_ids_go_from_65535_to_1_also_where_calls_fail(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    closed_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = tmp_path / "log"
     told(monkeypatch, log=log, retry=50_000)
     nng = Nng()
-    assert nng.open(free_port()) == 0
+    assert nng.open(closed_server.port) == 0
     assert {nng.send(nng.message(UNSUBSCRIBE)) for _ in range(65_533)} == {EBUSY}
     assert {nng.send(nng.publish(b"", 1)) for _ in range(3)} == {0}
-    sent = [line.split() for line in nng_stub.events(log) if line.startswith("send")]
-    assert [packet_id for _, _, packet_id in sent[-4:]] == ["65533", "65534", "65535", "1"]
+    assert [packet_id for _, _, packet_id in sends(log)[-4:]] == ["65533", "65534", "65535", "1"]
     assert nng.close() == 0
 
 
 def test_publishes_without_a_connection_are_sent_later_and_the_rest_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    closed_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    log, port = tmp_path / "log", free_port()
+    log, server = tmp_path / "log", closed_server
     nng = Nng()
     told(monkeypatch, log=log, retry=50_000)
-    assert nng.open(port) == 0
+    assert nng.open(server.port) == 0
     offline = [nng.send(nng.publish(b"%d" % count, 1)) for count in range(258)]
     assert offline == [0] * 256 + [EBUSY] * 2
     assert nng.send(nng.subscribe((b"a", 0))) == EBUSY
-    assert nng_stub.events(log)[-1] == f"send {SUBSCRIBE} 259"
-    server = Server(port)
+    assert sends(log)[-1] == ["send", f"{SUBSCRIBE}", "259"]
+    server.listen()
     try:
         peer = server.accept()
         nng.connect()

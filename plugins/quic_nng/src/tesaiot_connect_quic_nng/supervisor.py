@@ -122,6 +122,8 @@ class Worker:
         self._received = b""
         self._printed = b""
         self._open = True
+        self._ends = False
+        """Its control socket has ended, or it was killed."""
         self._timer: asyncio.TimerHandle | None = None
         self._pings = 0
         self._answered = 0
@@ -160,7 +162,7 @@ class Worker:
 
     def look(self) -> None:
         """Takes what it has said up to now."""
-        if not self._open:
+        if self._ends:
             return
         ended = False
         while not ended:
@@ -196,7 +198,7 @@ class Worker:
 
     async def finish(self, timeout: float) -> None:
         """Returns when it is gone, which it should be after its data socket ended; kills it after `timeout`
-        seconds, or when cancelled."""
+        seconds, or when cancelled, and then does not wait."""
         try:
             async with asyncio.timeout(timeout):
                 await asyncio.shield(self.gone)
@@ -205,6 +207,7 @@ class Worker:
                 f"the process of quic_nng was not done within {timeout:g} s, and what it had not sent is lost"
             )
             self.kill(Ended(what=what, fix="raise ack_timeout, or use QoS 1"))
+            await asyncio.shield(self.gone)  # which may take longer than `kill` waits
         except asyncio.CancelledError:
             self.kill()
             raise
@@ -266,7 +269,7 @@ class Worker:
     def _beat(self) -> None:
         """Asks for a sign of life. Turns are counted, not seconds: both of us may have been stopped."""
         self.look()
-        if not self._open or self.last_word.done():
+        if self._ends or self.last_word.done():  # then something else is waited for
             return
         if (self._pings - self._answered) * self._interval >= self._patience:
             what = f"the process of quic_nng hangs: no sign of life for {self._patience:g} s"
@@ -285,8 +288,10 @@ class Worker:
 
     # --- its end
 
-    def _ending(self, delay: float = 0.001) -> None:
-        """It has closed its control socket, or was killed: reap it."""
+    def _ending(self, delay: float = 0.001, waited: float = 0.0) -> None:
+        """It has closed its control socket, or was killed: reap it. What was waited is counted, no clock is
+        looked at: both of us may have been stopped."""
+        self._ends = True
         running = self._popen.poll() is None
         if running and self._why is None:  # what it prints is still of use
             self._loop.remove_reader(self._control.fileno())
@@ -297,10 +302,10 @@ class Worker:
             self._loop.remove_reader(self._output)
             self._control.close()
             os.close(self._output)
-        if running and delay > _LEAVE and self._open:
+        if running and waited >= _LEAVE and self._open:
             self.kill(Ended(what="the process of quic_nng closed its control socket and stayed"))
         elif running:
-            self._later(min(delay, 0.1), partial(self._ending, delay * 1.5))
+            self._later(delay, partial(self._ending, min(delay * 1.5, 0.1), waited + delay))
         else:
             self._reaped()
 

@@ -5,6 +5,10 @@
  * - where something arrives while no receive is posted, it delivers nothing any more;
  * - what is closed here is closed at once.
  *
+ * Unlike it, it shows nothing between the posting of a large receive, or the taking back of one, and that of the
+ * single byte that is to follow: a moment in which the real one may lose all, and nobody can help it. Where no
+ * single byte follows it goes on after GRACE seconds.
+ *
  * Faults, from the environment: TESAIOT_STUB_
  *   REFUSE          a dial fails, as one does that finds nobody
  *   NO_HANDSHAKE    a dial never ends
@@ -23,6 +27,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 enum { ECLOSED = 7, ENOTSUP_ = 9, EINVAL_ = 3, ETIMEDOUT_ = 5, ECANCELED_ = 20, ECONNSHUT = 31, UNAVAILABLE = 136 };
@@ -43,7 +48,10 @@ typedef struct aio {
 	struct aio   *task;  /* in the queue of completions */
 } aio;
 
-typedef struct queue { aio *first, **end; } queue;
+typedef struct queue {
+	aio *first, **end;
+	bool half; /* of reads: a single byte is to follow */
+} queue;
 
 typedef struct {
 	int   fd;
@@ -52,6 +60,8 @@ typedef struct {
 } stream;
 
 typedef struct { int port; aio *a; } dialer;
+
+enum { GRACE = 2 };
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t  enabled = PTHREAD_COND_INITIALIZER, writing = PTHREAD_COND_INITIALIZER,
@@ -153,6 +163,17 @@ fail(stream *s, int result)
 	pthread_cond_broadcast(&enabled);
 }
 
+static void
+await_other_half(stream *s)
+{
+	struct timespec end;
+	clock_gettime(CLOCK_REALTIME, &end);
+	end.tv_sec += GRACE;
+	while (!s->closed && s->reads.half)
+		if (pthread_cond_timedwait(&enabled, &lock, &end) != 0)
+			s->reads.half = false;
+}
+
 /* Shows the posted receives `size` bytes, of which they take some. */
 static size_t
 deliver(stream *s, const char *data, size_t size)
@@ -183,6 +204,7 @@ run_reads(void *argument)
 		pthread_mutex_unlock(&lock);
 		ssize_t got = recv(s->fd, data, room, MSG_PEEK);
 		pthread_mutex_lock(&lock);
+		await_other_half(s);
 		if (s->closed || got <= 0)
 			break;
 		if (s->reads.first == NULL || (stall >= 0 && total >= stall)) {
@@ -300,9 +322,10 @@ void
 nng_aio_cancel(aio *a)
 {
 	pthread_mutex_lock(&lock);
-	if (a->reads != NULL && drop(a->reads, a))
+	if (a->reads != NULL && drop(a->reads, a)) {
+		a->reads->half = true;
 		finish(a, ECANCELED_, 0);
-	else
+	} else
 		a->result = ECANCELED_; /* too late, and yet */
 	pthread_mutex_unlock(&lock);
 }
@@ -369,6 +392,8 @@ post(stream *s, queue *q, aio *a)
 		finish(a, ECLOSED, 0);
 	} else {
 		append(q, a);
+		if (q == &s->reads)
+			q->half = a->iov.len > 1;
 		if (s->reads.first == a)
 			s->enabled = true;
 		pthread_cond_broadcast(&enabled);
